@@ -1,0 +1,175 @@
+"""Strict configuration: frozen models, recipes with overrides, every problem at once, a digest.
+
+Two levels only: a YAML recipe and ``path.to.key=value`` overrides. What ran is what is written to
+``resolved.yaml``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import types
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from shared.errors import ConfigError, InputMissingError
+
+
+class Strict(BaseModel):
+    """Base of every configuration: frozen, no unknown keys, defaults validated."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+ConfigT = TypeVar("ConfigT", bound=BaseModel)
+
+
+def runtime(default: Any, description: str, **constraints: Any) -> Any:
+    """A field that changes how a run goes but never its results; left out of `spec` and so of every id."""
+    return Field(default, description=description, json_schema_extra={"runtime": True}, **constraints)
+
+
+def load(model: type[ConfigT], recipe: Mapping[str, Any] | Path, overrides: Iterable[str] = ()) -> ConfigT:
+    """Build a configuration from a recipe and ``path.to.key=value`` overrides.
+
+    Args:
+        model: The configuration class.
+        recipe: A mapping, or the path of a YAML file.
+        overrides: Strings ``path.to.key=value``; values are YAML. Applied in order.
+
+    Returns:
+        The validated, frozen configuration.
+
+    Raises:
+        ConfigError: Lists every unknown key and every bad value at once.
+        InputMissingError: The recipe file does not exist.
+    """
+    data = read_yaml(recipe) if isinstance(recipe, Path) else _copy(recipe)
+    for override in overrides:
+        apply_override(data, override)
+    return validate(model, data)
+
+
+def validate(model: type[ConfigT], data: Mapping[str, Any]) -> ConfigT:
+    """Validate plain data as ``model``; ConfigError lists all problems."""
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_explain(model, problem) for problem in error.errors())) from None
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML mapping.
+
+    Raises:
+        InputMissingError: No such file.
+        ConfigError: Not YAML, or not a mapping.
+    """
+    if not path.is_file():
+        raise InputMissingError(f"recipe {path}: no such file", hint="'mwm doctor' lists the built-in recipes")
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"recipe {path}: not YAML: {str(error).splitlines()[0]}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"recipe {path}: expected a mapping, found {type(data).__name__}")
+    return data
+
+
+def apply_override(data: dict[str, Any], override: str) -> None:
+    """Set ``path.to.key=value`` in nested plain data, in place.
+
+    Raises:
+        ConfigError: Without '=', or a path that runs through a scalar.
+    """
+    path, equals, text = override.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise ConfigError(f"--set '{override}': expected path.to.key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"--set '{override}': the value is not YAML") from None
+    node = data
+    for key in keys[:-1]:
+        child = node.setdefault(key, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"--set '{override}': '{key}' is a value, not a section")
+        node = child
+    node[keys[-1]] = value
+
+
+def spec(config: BaseModel) -> dict[str, Any]:
+    """Plain JSON of the fields that decide results, floats as decimal strings (ids hold no float)."""
+    return {
+        name: _plain(getattr(config, name))
+        for name, field in type(config).model_fields.items()
+        if not (isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("runtime"))
+    }
+
+
+def digest(value: Any) -> str:
+    """sha256 (hex) of the RFC 8785 JSON of a configuration or of plain, float-free JSON."""
+    import rfc8785
+
+    return hashlib.sha256(rfc8785.dumps(_plain(value))).hexdigest()
+
+
+def dump_yaml(config: BaseModel) -> str:
+    """The resolved configuration as YAML, every key present."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, BaseModel):
+        return spec(value)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return repr(value)
+    if isinstance(value, Path):
+        return value.as_posix()
+    return value
+
+
+def _copy(data: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: _copy(value) if isinstance(value, Mapping) else value for key, value in data.items()}
+
+
+def _explain(model: type[BaseModel], problem: Any) -> str:
+    where = ".".join(str(part) for part in problem["loc"]) or "(top level)"
+    if problem["type"] == "extra_forbidden":
+        names = list(_fields_at(model, problem["loc"][:-1]))
+        near = difflib.get_close_matches(str(problem["loc"][-1]), names, n=1)
+        return f"{where}: unknown key." + (
+            f" Did you mean '{near[0]}'?" if near else f" Known: {', '.join(names) or 'none'}"
+        )
+    if problem["type"] == "missing":
+        return f"{where}: required, not given"
+    found = repr(problem.get("input"))
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{where}: {message} (found {found if len(found) <= 60 else found[:57] + '...'})"
+
+
+def _fields_at(model: type[BaseModel], path: tuple[Any, ...]) -> Iterable[str]:
+    current: type[BaseModel] | None = model
+    for key in path:
+        field = current.model_fields.get(str(key)) if current else None
+        if field is None:
+            continue  # union tags and list indices stand in the path too
+        current = next(_models(field.annotation), None)
+    return current.model_fields if current else ()
+
+
+def _models(annotation: Any) -> Iterable[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    elif get_origin(annotation) in (Union, types.UnionType, list, tuple, dict):
+        for part in get_args(annotation):
+            yield from _models(part)

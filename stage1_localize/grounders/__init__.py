@@ -1,0 +1,11 @@
+"""Grounders: text and image in, detections out. Add a file and one line here."""
+
+from shared.registry import Registry
+
+GROUNDERS = Registry(
+    "grounder",
+    {
+        "lite": "stage1_localize.grounders.lite:Lite",
+        "planted": "stage1_localize.grounders.planted:Planted",
+    },
+)

@@ -1,0 +1,11 @@
+"""Segmenters: detections in, pixel probabilities out. Add a file and one line here."""
+
+from shared.registry import Registry
+
+SEGMENTERS = Registry(
+    "segmenter",
+    {
+        "lite_medsam": "stage1_localize.segmenters.lite_medsam:LiteMedSam",
+        "none": "stage1_localize.segmenters.none:NoSegmenter",
+    },
+)
