@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin
 
@@ -167,7 +167,7 @@ def _fields_at(model: type[BaseModel], path: tuple[Any, ...]) -> Iterable[str]:
     return current.model_fields if current else ()
 
 
-def _models(annotation: Any) -> Iterable[type[BaseModel]]:
+def _models(annotation: Any) -> Iterator[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     elif get_origin(annotation) in (Union, types.UnionType, list, tuple, dict):

@@ -1,0 +1,118 @@
+"""One writer a folder: an exclusive lease with a heartbeat, and what a folder's next run should do."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import threading
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from shared.errors import LockedError
+
+LEASE = "lease.json"
+_HEARTBEAT_S = 10.0
+_STALE_S = 120.0
+
+
+class Lease:
+    """Exclusive right to write in a folder, as a context manager.
+
+    A lease left by a dead process of this boot is taken over at once; one from another machine or boot
+    after two minutes without a heartbeat.
+
+    Args:
+        folder: Created if absent.
+
+    Raises:
+        LockedError: Another live process holds it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / LEASE
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> Lease:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        for _ in range(8):
+            try:
+                descriptor = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+            except FileExistsError:
+                self._remove_if_dead()
+                continue
+            with os.fdopen(descriptor, "w") as file:
+                json.dump({"pid": os.getpid(), "started": _start_time(os.getpid()), "boot": _boot_id()}, file)
+            self._thread = threading.Thread(target=self._beat, daemon=True)
+            self._thread.start()
+            return self
+        raise LockedError(f"{self.path.parent}: another writer took the lease")
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+        self.path.unlink(missing_ok=True)
+
+    def _beat(self) -> None:
+        while not self._stop.wait(_HEARTBEAT_S):
+            try:
+                os.utime(self.path)
+            except FileNotFoundError:
+                return
+
+    def _remove_if_dead(self) -> None:
+        # The folder is locked meanwhile: else, of two processes that find a lease dead, the slower one
+        # could remove the lease that the faster one has just taken.
+        folder = os.open(self.path.parent, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)
+            holder = lease_holder(self.path.parent)
+            if holder is not None:
+                raise LockedError(
+                    f"{self.path.parent}: process {holder} is writing here",
+                    hint="wait for it, or stop it; the same command then continues",
+                )
+            self.path.unlink(missing_ok=True)
+        finally:
+            os.close(folder)
+
+
+def lease_holder(folder: Path) -> int | None:
+    """The pid of the live process that writes in ``folder``, or None."""
+    path = folder / LEASE
+    try:
+        text = path.read_text()
+        age_s = time.time() - path.stat().st_mtime
+    except FileNotFoundError:
+        return None
+    try:
+        lease: dict[str, Any] = json.loads(text)
+        pid = int(lease["pid"])
+    except (ValueError, KeyError, TypeError):
+        # Created an instant ago and not written yet, or torn by a crash.
+        return -1 if age_s < 5 else None
+    if lease.get("boot") == _boot_id():
+        return pid if _start_time(pid) == lease.get("started") else None
+    return pid if age_s < _STALE_S else None
+
+
+def _boot_id() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return "unknown"
+
+
+def _start_time(pid: int) -> str | None:
+    """Start of a process in clock ticks: tells a reused pid from the process that took the lease."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None if Path("/proc/self").exists() else "unknown"
+    return None if fields[0] == "Z" else fields[19]

@@ -1,0 +1,105 @@
+"""A run's folder before it is an artifact: new, to be continued, done, or somebody else's."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import rfc8785
+
+from shared.artifact import CARD, Card, Input, read_card, spec_digest, write_atomic
+from shared.errors import SpecMismatchError, UsageError
+from shared.lease import LEASE, lease_holder
+
+SPEC = "run/spec.json"
+
+
+def begin(
+    out: Path,
+    *,
+    kind: str,
+    inputs: Sequence[Input],
+    spec: Mapping[str, Any],
+    resolved: str,
+    fresh: bool = False,
+) -> tuple[Literal["new", "continue", "done"], Card | None]:
+    """Decide what the same command does in this folder; call it while holding the folder's lease.
+
+    Args:
+        out: The run's folder.
+        kind: Kind of artifact that it will hold.
+        inputs: Artifacts read.
+        spec: What decides the results.
+        resolved: Content of ``resolved.yaml``, rewritten unless done.
+        fresh: The caller has asked for a new run; `set_aside` must have been called before the lease.
+
+    Returns:
+        ``("new" | "continue", None)`` or ``("done", card)``.
+
+    Raises:
+        SpecMismatchError: The folder holds a run of another specification; names the keys that differ.
+        UsageError: The folder holds something that is not a run.
+    """
+    wanted = {"kind": kind, "inputs": [item.model_dump() for item in inputs], "spec": dict(spec)}
+    if (out / CARD).exists():
+        card = read_card(out, kind)
+        if card.spec_digest != spec_digest(inputs, spec):
+            identity = card.identity.model_dump(mode="json")
+            _refuse(out, {key: identity[key] for key in ("kind", "inputs", "spec")}, wanted)
+        return "done", card
+    status: Literal["new", "continue"] = "new"
+    if (out / SPEC).exists():
+        found = json.loads((out / SPEC).read_bytes())
+        if rfc8785.dumps(found) != rfc8785.dumps(wanted):
+            _refuse(out, found, wanted)
+        status = "continue"
+    elif any(path.name not in (LEASE, "run") for path in out.iterdir()):
+        raise UsageError(f"{out}: not empty, and not a run of mwm", hint="name another folder with --out")
+    (out / "run").mkdir(exist_ok=True)
+    write_atomic(out / "resolved.yaml", resolved.encode())
+    write_atomic(out / SPEC, rfc8785.dumps(wanted))
+    return status, None
+
+
+def set_aside(out: Path) -> Path | None:
+    """Move an existing run out of the way for ``--fresh``; nothing is deleted.
+
+    Returns:
+        Where it was moved, or None if there was nothing.
+
+    Raises:
+        UsageError: A live writer holds the folder.
+    """
+    if not out.exists():
+        return None
+    holder = lease_holder(out)
+    if holder is not None:
+        raise UsageError(f"{out}: process {holder} is writing here; --fresh would pull it away")
+    number = 1
+    while (aside := out.with_name(f"{out.name}.old-{number}")).exists():
+        number += 1
+    os.rename(out, aside)
+    return aside
+
+
+def _refuse(out: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    keys = sorted(_differing(found, wanted, ""))
+    shown = ", ".join(keys[:6]) + (f" and {len(keys) - 6} more" if len(keys) > 6 else "")
+    raise SpecMismatchError(
+        f"{out}: holds a run of another specification; differing: {shown}",
+        hint="name another folder with --out, or --fresh to keep the old one aside and start anew",
+    )
+
+
+def _differing(found: Any, wanted: Any, path: str) -> set[str]:
+    if isinstance(found, Mapping) and isinstance(wanted, Mapping):
+        names = set(found) | set(wanted)
+        return {
+            key
+            for name in names
+            for key in _differing(found.get(name), wanted.get(name), f"{path}.{name}" if path else str(name))
+        }
+    return set() if found == wanted else {f"{path} ({found!r} there, {wanted!r} asked)"[:160]}
