@@ -90,6 +90,14 @@ class Finding:
     problem: str
 
 
+@dataclass(frozen=True)
+class Artifact:
+    """A published folder and its card."""
+
+    path: Path
+    card: Card
+
+
 def spec_digest(inputs: Sequence[Input], spec: Mapping[str, Any]) -> str:
     """sha256 of the RFC 8785 JSON of ``{inputs, spec}``: alone decides continue, done or refused."""
     return _sha256(rfc8785.dumps({"inputs": [item.model_dump() for item in inputs], "spec": dict(spec)}))

@@ -43,7 +43,7 @@ def begin(
         SpecMismatchError: The folder holds a run of another specification; names the keys that differ.
         UsageError: The folder holds something that is not a run.
     """
-    wanted = {"kind": kind, "inputs": [item.model_dump() for item in inputs], "spec": dict(spec)}
+    wanted: dict[str, Any] = {"kind": kind, "inputs": [item.model_dump() for item in inputs], "spec": dict(spec)}
     if (out / CARD).exists():
         card = read_card(out, kind)
         if card.spec_digest != spec_digest(inputs, spec):
