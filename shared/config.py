@@ -133,6 +133,8 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     if isinstance(value, float):
         return repr(value)
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 2**53:
+        return str(value)  # RFC 8785 has the integers of a double only
     if isinstance(value, Path):
         return value.as_posix()
     return value

@@ -1,0 +1,196 @@
+"""`audit`: are artifacts what was published, and does every witnessed mask draw again to the bit?
+
+Levels: ``integrity`` (cards, ids, files, Merkle roots; needs no model) and ``masks`` (integrity, and every
+witness of an encoder redrawn from its region store and card). ``all`` is everything this release can do.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from shared.artifact import CARD, Card, Input, publish, read_card, verify
+from shared.errors import CorruptError, IncompatibleError, InputMissingError, UsageError
+from shared.lease import Lease
+from shared.workspace import begin
+
+Verdict = Literal["identical", "drift", "missing", "corrupt", "unrecomputable"]
+LEVELS = ("integrity", "masks", "all")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One verdict: which artifact, what was checked, how many of it, and the outcome."""
+
+    artifact: str
+    kind: str
+    check: str
+    checked: int
+    verdict: Verdict
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class AuditResult:
+    """All verdicts of an audit."""
+
+    rows: tuple[Row, ...]
+
+    @property
+    def exit_code(self) -> int:
+        """4 corrupt or missing, 3 drift, 5 when nothing could be recomputed, else 0."""
+        verdicts = {row.verdict for row in self.rows}
+        if verdicts & {"corrupt", "missing"}:
+            return 4
+        if "drift" in verdicts:
+            return 3
+        return 5 if verdicts == {"unrecomputable"} else 0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON."""
+        return {"exit_code": self.exit_code, "rows": [asdict(row) for row in self.rows]}
+
+    def lines(self) -> list[str]:
+        """One line a verdict, then the sum."""
+        width = max((len(row.artifact) for row in self.rows), default=0)
+        lines = [
+            f"{row.verdict:<14} {row.artifact:<{width}}  {row.check}: {row.checked} checked"
+            + (f"; {row.detail}" if row.detail else "")
+            for row in self.rows
+        ]
+        sums = Counter(row.verdict for row in self.rows)
+        return [*lines, "audit: " + ", ".join(f"{count} {verdict}" for verdict, count in sorted(sums.items()))]
+
+
+def audit(
+    path: Path, *, level: str = "integrity", regions: Path | None = None, out: Path | None = None, command: str = ""
+) -> AuditResult:
+    """Audit an artifact, or every artifact below a folder.
+
+    Args:
+        path: An artifact's folder, or a folder that holds artifacts (a chain's).
+        level: One of `LEVELS`.
+        regions: Region store for redrawing an encoder's masks, where it is not below ``path``.
+        out: If given, the audit is published there as an artifact of kind ``audit-report``.
+        command: Command line for provenance.
+
+    Returns:
+        Verdicts; corrupt artifacts are verdicts, not exceptions.
+
+    Raises:
+        UsageError: Unknown level.
+        InputMissingError, IncompatibleError: No artifact at ``path``.
+    """
+    if level not in LEVELS:
+        raise UsageError(f"--level {level}: unknown", hint=f"known: {', '.join(LEVELS)}")
+    folders = _artifacts_below(path)
+    cards: dict[Path, Card] = {}
+    rows: list[Row] = []
+    for folder in folders:
+        rows.extend(_integrity(folder, _name(folder, path), cards))
+    if level in ("masks", "all"):
+        stores = {card.artifact_id: folder for folder, card in cards.items() if card.identity.kind == "region-store"}
+        if regions is not None:
+            stores[read_card(regions, "region-store").artifact_id] = regions
+        for folder, card in cards.items():
+            if card.identity.kind == "encoder":
+                rows.append(_masks(folder, card, _name(folder, path), stores))
+    result = AuditResult(tuple(rows))
+    if out is not None:
+        _publish(result, out, level, cards.values(), command)
+    return result
+
+
+def _artifacts_below(path: Path) -> list[Path]:
+    if not path.is_dir():
+        raise InputMissingError(f"{path}: no such folder")
+    if (path / CARD).is_file():
+        return [path, *(card.parent for card in sorted(path.glob(f"*/{CARD}")))]
+    found = [card.parent for card in sorted(path.rglob(CARD)) if "run" not in card.relative_to(path).parts[:-1]]
+    # An audit does not audit itself: it would never be the same twice.
+    found = [folder for folder in found if not _is_audit_report(folder)]
+    if not found:
+        read_card(path)  # says whether it is unpublished or under a live lease
+    return found
+
+
+def _is_audit_report(folder: Path) -> bool:
+    try:
+        return read_card(folder).identity.kind == "audit-report"
+    except (CorruptError, IncompatibleError):
+        return False
+
+
+def _name(folder: Path, root: Path) -> str:
+    relative = folder.relative_to(root).as_posix()
+    return root.name if relative == "." else relative
+
+
+def _integrity(folder: Path, name: str, cards: dict[Path, Card]) -> list[Row]:
+    try:
+        card = read_card(folder)
+    except IncompatibleError as error:
+        return [Row(name, "unknown", "card", 1, "unrecomputable", error.message)]
+    except CorruptError as error:
+        return [Row(name, "unknown", "card", 1, "corrupt", error.message)]
+    cards[folder] = card
+    kind = card.identity.kind
+    findings = verify(folder, card)
+    rows = [_row(name, kind, "files", len(card.provenance.files) + 1, findings)]
+    if kind == "region-store":
+        from shared.regions import verify_store
+
+        rows.append(_row(name, kind, "maps", int(card.identity.outputs["samples"]), verify_store(folder, card)))
+    return rows
+
+
+def _row(name: str, kind: str, check: str, checked: int, findings: list[Any]) -> Row:
+    if not findings:
+        return Row(name, kind, check, checked, "identical")
+    verdict: Verdict = "missing" if all(item.problem == "missing" for item in findings) else "corrupt"
+    shown = "; ".join(f"{item.file}: {item.problem}" for item in findings[:5])
+    more = f"; and {len(findings) - 5} more" if len(findings) > 5 else ""
+    return Row(name, kind, check, checked, verdict, shown + more)
+
+
+def _masks(folder: Path, card: Card, name: str, stores: dict[str, Path]) -> Row:
+    wanted = next((item.artifact_id for item in card.identity.inputs if item.kind == "region-store"), None)
+    if wanted is None or wanted not in stores:
+        return Row(name, "encoder", "masks", 0, "unrecomputable", "its region store is not at hand (--regions)")
+    from shared.regions import open_region_store
+    from stage2_pretrain.witness import redraw
+
+    try:
+        found = redraw(open_region_store(stores[wanted]), card.identity.spec, folder)
+    except CorruptError as error:
+        return Row(name, "encoder", "masks", 0, "corrupt", error.message)
+    if found.mismatches:
+        return Row(name, "encoder", "masks", found.checked, "drift", "; ".join(found.mismatches[:5]))
+    detail = f"{found.draws} draws in {found.epochs} epochs agree with the recorded sums"
+    return Row(name, "encoder", "masks", found.checked, "identical", detail)
+
+
+def _publish(result: AuditResult, out: Path, level: str, cards: Iterable[Card], command: str) -> None:
+    from shared.report import audit_report
+
+    inputs = sorted(
+        (Input(role="audited", kind=card.identity.kind, artifact_id=card.artifact_id) for card in cards),
+        key=lambda item: (item.kind, item.artifact_id),
+    )
+    spec = {"level": level, "version": 1}
+    with Lease(out):
+        status, _ = begin(out, kind="audit-report", inputs=inputs, spec=spec, resolved=f"level: {level}\n")
+        if status == "done":
+            return
+        (out / "report.html").write_text(audit_report(result.as_dict()["rows"]), encoding="utf-8")
+        publish(
+            out,
+            kind="audit-report",
+            inputs=inputs,
+            spec=spec,
+            outputs={"exit_code": result.exit_code, "rows": result.as_dict()["rows"]},
+            command=command,
+        )

@@ -1,0 +1,204 @@
+"""A recipe's whole chain: corpus, localize, pretrain, finetune, audit, one report. Only this knows all stages.
+
+Every step publishes its own artifact, so the same command continues where it was stopped, and is done in
+seconds once all are published.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import Field
+
+from shared.artifact import Artifact, Card, read_card, write_atomic
+from shared.config import Strict
+from shared.errors import DriftError, InputMissingError, MwmError
+from shared.runlog import say
+from shared.workspace import set_aside
+from stage1_localize.config import LocalizeConfig
+from stage2_pretrain.config import PretrainConfig
+from stage3_finetune.config import FinetuneConfig
+
+T = TypeVar("T")
+
+
+class ChainConfig(Strict):
+    """A recipe: what each stage does; a stage that is left out is not run."""
+
+    corpus: Literal["given", "template"] = Field(
+        "given", description="Where images and labels come from: --images and --labels, or the packaged template."
+    )
+    localize: LocalizeConfig = Field(description="Stage 1.")
+    pretrain: PretrainConfig | None = Field(None, description="Stage 2.")
+    finetune: FinetuneConfig | None = Field(None, description="Stage 3; needs labels.")
+    from_scratch: bool = Field(True, description="Also finetune without the encoder, for comparison.")
+
+
+@dataclass
+class Summary:
+    """What a chain made: artifacts by step, seconds by step (0 where it was already done)."""
+
+    out: Path
+    cards: dict[str, Card] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    audit: dict[str, Any] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON."""
+        return {
+            "out": self.out.as_posix(),
+            "artifacts": {name: card.artifact_id for name, card in self.cards.items()},
+            "seconds": {name: round(value, 1) for name, value in self.seconds.items()},
+            "metrics": {name: card.provenance.metrics for name, card in self.cards.items()},
+            "audit": self.audit,
+        }
+
+    def lines(self) -> list[str]:
+        """Five closing lines: what, where, digests, skipped, what next."""
+        skipped = sum(int(card.identity.outputs.get("quarantined", 0)) for card in self.cards.values())
+        took = ", ".join(f"{name} {value:.0f} s" for name, value in self.seconds.items())
+        digests = ", ".join(f"{name} {card.artifact_id[:12]}" for name, card in self.cards.items())
+        return [
+            f"made: {' -> '.join(self.cards)} ({took})",
+            f"where: {self.out}/report.html",
+            f"digests: {digests}",
+            f"skipped: {skipped} inputs quarantined",
+            f"next: open the report; then your own images: mwm localize --images FOLDER --out {self.out}-mine/regions",
+        ]
+
+
+def run_chain(
+    config: ChainConfig,
+    *,
+    out: Path,
+    images: Path | None = None,
+    labels: Path | None = None,
+    fresh: bool = False,
+    command: str = "",
+) -> Summary:
+    """Run, or continue, a recipe.
+
+    Args:
+        config: The recipe.
+        out: Folder of the whole chain.
+        images: Images, unless the recipe brings its own.
+        labels: Labels, likewise; needed by ``finetune`` only.
+        fresh: Keep an existing folder aside and start anew.
+        command: Command line for provenance.
+
+    Returns:
+        What was made. The chain's report is ``OUT/report.html``.
+
+    Raises:
+        MwmError: Whatever a stage raises; DriftError or CorruptError if the closing audit fails.
+    """
+    if fresh and (aside := set_aside(out)):
+        say(f"the old run is kept at {aside.name}")
+    out.mkdir(parents=True, exist_ok=True)
+    summary = Summary(out)
+    images, labels = _corpus(config, out, images, labels, summary)
+
+    from stage1_localize.job import localize
+
+    store = _step(
+        summary, "localize", lambda: localize(config.localize, images=images, out=out / "regions", command=command)
+    )
+    summary.cards["regions"] = store.card
+    if config.pretrain is not None:
+        _pretrain(config.pretrain, images, out, summary, command)
+    if config.finetune is not None:
+        if labels is None:
+            raise InputMissingError("--labels: not given, and the recipe finetunes")
+        _finetune(config, config.finetune, images, labels, out, summary, command)
+    _audit(out, summary, command)
+    _step(summary, "report", lambda: _report(out, summary))
+    return summary
+
+
+def _step(summary: Summary, name: str, work: Callable[[], T]) -> T:
+    started = time.monotonic()
+    say(f"{name} ...")
+    result = work()
+    summary.seconds[name] = time.monotonic() - started
+    say(f"{name}: {summary.seconds[name]:.1f} s")
+    return result
+
+
+def _corpus(
+    config: ChainConfig, out: Path, images: Path | None, labels: Path | None, summary: Summary
+) -> tuple[Path, Path | None]:
+    if config.corpus == "template":
+        from pipelines.tour_corpus import write_tour_corpus
+
+        return _step(summary, "corpus", lambda: write_tour_corpus(out))
+    if images is None:
+        raise InputMissingError("--images: not given, and the recipe brings none of its own")
+    return images, labels
+
+
+def _pretrain(config: PretrainConfig, images: Path, out: Path, summary: Summary, command: str) -> None:
+    from stage2_pretrain.train import pretrain
+
+    made: Artifact = _step(
+        summary,
+        "pretrain",
+        lambda: pretrain(config, images=images, regions=str(out / "regions"), out=out / "encoder", command=command),
+    )
+    summary.cards["encoder"] = made.card
+
+
+def _finetune(
+    chain: ChainConfig, config: FinetuneConfig, images: Path, labels: Path, out: Path, summary: Summary, command: str
+) -> None:
+    from stage3_finetune.train import finetune
+
+    arms: list[tuple[str, str | None]] = [("finetuned", str(out / "encoder"))] if chain.pretrain else []
+    if chain.from_scratch or not arms:
+        arms.append(("scratch", None))
+
+    def both() -> None:
+        for name, encoder in arms:
+            made = finetune(config, images=images, labels=labels, encoder=encoder, out=out / name, command=command)
+            summary.cards[name] = made.card
+
+    _step(summary, "finetune", both)
+
+
+def _audit(out: Path, summary: Summary, command: str) -> None:
+    from pipelines.audit import audit
+
+    result = _step(
+        summary,
+        "audit",
+        lambda: audit(
+            out, level="masks" if "encoder" in summary.cards else "integrity", out=out / "audit", command=command
+        ),
+    )
+    if result.exit_code:
+        bad = next(row for row in result.rows if row.verdict in ("corrupt", "missing", "drift"))
+        raise _failed(result.exit_code, f"audit: {bad.artifact}: {bad.check}: {bad.verdict}; {bad.detail}")
+    summary.audit = result.as_dict()
+    summary.cards["audit"] = read_card(out / "audit", "audit-report")
+
+
+def _failed(code: int, message: str) -> MwmError:
+    from shared.errors import CorruptError
+
+    hint = "keep the folder for inspection; --fresh makes a new one beside it"
+    return CorruptError(message, hint=hint) if code == 4 else DriftError(message, hint=hint)
+
+
+def _report(out: Path, summary: Summary) -> None:
+    from pipelines.chain_report import chain_report
+
+    write_atomic(out / "report.html", chain_report(out, summary).encode())
+    (out / "run").mkdir(exist_ok=True)
+    line = json.dumps({"pid": os.getpid(), **summary.as_dict()["seconds"]})
+    with (out / "run" / "seconds.jsonl").open("a", encoding="utf-8") as file:
+        file.write(line + "\n")

@@ -1,0 +1,18 @@
+"""Fixtures for every test, and the one rule for test data."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def test_data() -> Path:
+    """Real images for tests: ``MWM_TEST_DATA``, else ``../shared/data``. Absent is an error in CI, else a skip."""
+    folder = Path(os.environ.get("MWM_TEST_DATA") or ROOT.parent / "shared" / "data")
+    if not (folder / "manifest.csv").is_file():
+        message = "test data not found: set MWM_TEST_DATA"
+        pytest.fail(message) if os.environ.get("CI") == "true" else pytest.skip(message)
+    return folder

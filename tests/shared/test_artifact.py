@@ -1,0 +1,107 @@
+import json
+from pathlib import Path
+
+import pytest
+import rfc8785
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shared.artifact import CARD, Input, open_artifact, publish, read_card, spec_digest, verify
+from shared.errors import CorruptError, IncompatibleError, InputMissingError, LockedError, UsageError
+from shared.lease import Lease
+
+
+def make(folder: Path, spec: dict | None = None) -> Path:
+    (folder / "sub").mkdir(parents=True)
+    (folder / "sub" / "data.txt").write_text("data")
+    (folder / "run").mkdir()
+    (folder / "run" / "run.log").write_text("log")
+    publish(folder, kind="corpus", inputs=[], spec=spec or {"a": 1}, outputs={"n": 2}, metrics={"loss": 0.5})
+    return folder
+
+
+def test_published_and_read_back(tmp_path: Path) -> None:
+    folder = make(tmp_path / "a")
+    card = read_card(folder, "corpus")
+    assert card.identity.outputs == {"n": 2}
+    assert set(card.provenance.files) == {"sub/data.txt"}
+    assert "Not for diagnosis" in card.provenance.notice
+    assert verify(folder, card) == []
+    assert open_artifact(f"{folder}@sha256:{card.artifact_id}", "corpus")[1] == card
+
+
+def test_the_id_knows_what_it_is_and_not_when_or_where(tmp_path: Path) -> None:
+    first, second = read_card(make(tmp_path / "a")), read_card(make(tmp_path / "elsewhere"))
+    assert first.artifact_id == second.artifact_id
+    assert read_card(make(tmp_path / "c", {"a": 2})).artifact_id != first.artifact_id
+
+
+def test_what_is_published_is_never_edited(tmp_path: Path) -> None:
+    folder = make(tmp_path / "a")
+    with pytest.raises(UsageError, match="already published"):
+        publish(folder, kind="corpus", inputs=[], spec={}, outputs={})
+
+
+def test_changed_missing_and_unlisted_files_are_found_and_logs_are_not(tmp_path: Path) -> None:
+    folder = make(tmp_path / "a")
+    card = read_card(folder)
+    (folder / "run" / "run.log").write_text("more")
+    assert verify(folder, card) == []
+    (folder / "sub" / "data.txt").write_text("dato")
+    (folder / "extra").write_text("x")
+    assert {(item.file, item.problem) for item in verify(folder, card)} == {
+        ("sub/data.txt", "changed since it was published"),
+        ("extra", "not listed on the card"),
+    }
+    (folder / "sub" / "data.txt").unlink()
+    assert ("sub/data.txt", "missing") in {(item.file, item.problem) for item in verify(folder, card)}
+
+
+@given(data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_any_flipped_bit_of_a_card_is_caught(tmp_path_factory, data) -> None:
+    folder = make(tmp_path_factory.mktemp("card") / "a")
+    raw = bytearray((folder / CARD).read_bytes())
+    place = data.draw(st.integers(0, len(raw) * 8 - 1))
+    raw[place // 8] ^= 1 << (place % 8)
+    (folder / CARD).write_bytes(raw)
+    with pytest.raises((CorruptError, IncompatibleError)):
+        read_card(folder, "corpus")
+
+
+@pytest.mark.parametrize("raw", [b"", b"[]", b"{}", b"[" * 100_000, b"\xff\xfe", b'{"identity": 3}'])
+def test_what_is_no_card(tmp_path: Path, raw: bytes) -> None:
+    (tmp_path / CARD).write_bytes(raw)
+    with pytest.raises((CorruptError, IncompatibleError)):
+        read_card(tmp_path)
+
+
+@pytest.mark.parametrize(("kind", "version"), [("corpus", "2.0"), ("corpus", "1.9"), ("future", "1.0")])
+def test_unknown_kinds_and_versions_are_incompatible(tmp_path: Path, kind: str, version: str) -> None:
+    folder = make(tmp_path / "a")
+    body = json.loads((folder / CARD).read_bytes())
+    body["identity"] |= {"kind": kind, "kind_version": version}
+    (folder / CARD).write_bytes(rfc8785.dumps(body))
+    with pytest.raises(IncompatibleError):
+        read_card(folder)
+
+
+def test_what_cannot_be_opened_says_why(tmp_path: Path) -> None:
+    folder = make(tmp_path / "a")
+    with pytest.raises(InputMissingError):
+        open_artifact(tmp_path / "none", "corpus")
+    with pytest.raises(IncompatibleError, match="is a corpus"):
+        open_artifact(folder, "encoder")
+    with pytest.raises(IncompatibleError, match="pinned"):
+        open_artifact(f"{folder}@sha256:{'0' * 64}", "corpus")
+    (tmp_path / "b").mkdir()
+    with pytest.raises(IncompatibleError, match="not published"):
+        open_artifact(tmp_path / "b", "corpus")
+    with Lease(tmp_path / "b"), pytest.raises(LockedError):
+        open_artifact(tmp_path / "b", "corpus")
+
+
+def test_the_spec_digest_is_known_before_the_run(tmp_path: Path) -> None:
+    card = read_card(make(tmp_path / "a"))
+    assert card.spec_digest == spec_digest([], {"a": 1})
+    assert card.spec_digest != spec_digest([Input(role="r", kind="corpus", artifact_id="0")], {"a": 1})

@@ -1,0 +1,92 @@
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from shared.errors import LockedError
+from shared.lease import LEASE, Lease, lease_holder
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from shared.lease import Lease
+with Lease(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+RACE = """
+import sys, time
+from pathlib import Path
+from shared.errors import LockedError
+from shared.lease import Lease
+for _ in range(20):
+    try:
+        with Lease(Path(sys.argv[1])):
+            start = time.monotonic()
+            time.sleep(0.02)
+            print(start, time.monotonic())
+    except LockedError:
+        time.sleep(0.005)
+"""
+
+
+def hold(folder: Path) -> subprocess.Popen:
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def test_one_writer_a_folder(tmp_path: Path) -> None:
+    with Lease(tmp_path):
+        assert lease_holder(tmp_path) == os.getpid()
+        with pytest.raises(LockedError), Lease(tmp_path):
+            pass
+    assert lease_holder(tmp_path) is None
+    assert not (tmp_path / LEASE).exists()
+
+
+def test_a_killed_writers_lease_is_taken_over_at_once(tmp_path: Path) -> None:
+    other = hold(tmp_path)
+    with pytest.raises(LockedError, match=str(other.pid)), Lease(tmp_path):
+        pass
+    other.kill()
+    other.communicate()
+    with Lease(tmp_path):
+        assert lease_holder(tmp_path) == os.getpid()
+
+
+def test_of_many_that_find_a_dead_lease_one_wins(tmp_path: Path) -> None:
+    other = hold(tmp_path)
+    other.kill()
+    other.communicate()
+    racers = [
+        subprocess.Popen([sys.executable, "-c", RACE, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+        for _ in range(4)
+    ]
+    held = sorted(
+        tuple(map(float, line.split())) for racer in racers for line in racer.communicate(timeout=60)[0].splitlines()
+    )
+    assert held
+    assert all(first[1] <= second[0] for first, second in itertools.pairwise(held)), "two writers at once"
+
+
+def test_another_machines_lease_is_dead_after_two_silent_minutes(tmp_path: Path) -> None:
+    path = tmp_path / LEASE
+    path.write_text(json.dumps({"pid": 1, "started": "1", "boot": "another"}))
+    assert lease_holder(tmp_path) == 1
+    os.utime(path, (time.time() - 121, time.time() - 121))
+    assert lease_holder(tmp_path) is None
+
+
+def test_a_torn_lease_does_not_lock_for_ever(tmp_path: Path) -> None:
+    path = tmp_path / LEASE
+    path.write_text('{"pid": ')
+    assert lease_holder(tmp_path) is not None
+    os.utime(path, (time.time() - 60, time.time() - 60))
+    assert lease_holder(tmp_path) is None
