@@ -1,0 +1,214 @@
+"""What a run says: lines for a person on stderr, ``run/run.log``, and ``run/metrics.jsonl`` for a plot.
+
+Files never hold an absolute path: they are shown to others, and folders above a run are nobody's business.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+import time
+import traceback
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, TextIO
+
+METRICS = "run/metrics.jsonl"
+LOG = "run/run.log"
+
+_ROOT = Path(__file__).resolve().parent.parent.as_posix() + "/"
+_ABSOLUTE = re.compile(r"(?<![\w.~<>-])/(?:[^\s/'\":,]+/)+")
+_UNSAVED_ERRORS = ("KeyboardInterrupt", "InterruptedRun")
+
+
+class RunLog:
+    """The log of one run folder, as a context manager; opened again it appends.
+
+    Args:
+        out: The run's folder; ``run/`` is created in it.
+        stream: Where people read, by default stderr.
+        interval_s: Seconds between plain progress lines when ``stream`` is no terminal.
+
+    Attributes:
+        warnings: Every warning of this process, in order, for the report.
+    """
+
+    def __init__(self, out: Path, *, stream: TextIO | None = None, interval_s: float = 30.0) -> None:
+        self.out = out
+        self.warnings: list[str] = []
+        self._stream = stream if stream is not None else sys.stderr
+        self._interval_s = interval_s
+        self._log: IO[str] | None = None
+        self._metrics: IO[str] | None = None
+        self._bar: Any = None
+        self._started: tuple[str, int, float] | None = None
+        self._shown_at = -math.inf
+
+    def __enter__(self) -> RunLog:
+        (self.out / "run").mkdir(parents=True, exist_ok=True)
+        self._log = (self.out / LOG).open("a", encoding="utf-8")
+        self._open_metrics()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._end_bar()
+        if kind is not None and kind.__name__ not in _UNSAVED_ERRORS:
+            self._write("error", "".join(traceback.format_exception(kind, error, trace)).rstrip())
+        elif error is not None:
+            self._write("info", f"stopped: {error or kind}")
+        for file in (self._log, self._metrics):
+            if file is not None:
+                file.close()
+        self._log = self._metrics = None
+
+    def info(self, text: str) -> None:
+        """Say one line."""
+        self._say("info", text, text)
+
+    def warn(self, text: str) -> None:
+        """Say one line that the reader should act upon; also kept in `warnings`."""
+        self.warnings.append(scrub(text))
+        self._say("warning", text, f"warning: {text}")
+
+    def progress(self, done: int, total: int, unit: str, **values: float | str) -> None:
+        """Show how far the run is: a live line on a terminal, else one plain line every `interval_s` seconds.
+
+        Args:
+            done: Units finished, counted from the beginning of the whole run (a resumed run starts above 0).
+            total: Units of the whole run.
+            unit: Singular noun, e.g. ``"step"``.
+            values: Shown as ``name value``; a name that ends in ``_per_s`` as ``value name/s``.
+        """
+        now = time.monotonic()
+        if self._started is None or self._started[0] != unit or done < self._started[1]:
+            self._started, self._shown_at = (unit, done, now), -math.inf
+        _, first, since = self._started
+        parts = [f"{unit} {done}/{total}", *(_shown(name, value) for name, value in values.items())]
+        if done > first and done < total:
+            parts.append(f"eta {duration((now - since) / (done - first) * (total - done))}")
+        line = " ".join(parts)
+        if self._stream.isatty():
+            self._draw(done, total, line)
+            if done >= total:
+                self._end_bar()
+        elif done >= total or now - self._shown_at >= self._interval_s:
+            self._shown_at = now
+            self._say("progress", line, line)
+        if done >= total:
+            self._started = None
+
+    def metric(self, step: int, **values: Any) -> None:
+        """Append one line to ``run/metrics.jsonl``.
+
+        Args:
+            step: Step that the values belong to; what `rewind` goes by.
+            values: JSON values. Floats that are not finite become null.
+        """
+        if self._metrics is None:
+            raise RuntimeError("RunLog.metric outside its 'with' block")
+        row = {"step": step, **{name: _finite(value) for name, value in values.items()}}
+        self._metrics.write(json.dumps(row) + "\n")
+        self._metrics.flush()
+
+    def rewind(self, step: int, **where: Any) -> int:
+        """Drop metrics past a step: a resumed run writes them again.
+
+        Args:
+            step: Last step to keep.
+            where: Only rows with these values are dropped, e.g. ``fold=2``.
+
+        Returns:
+            Number of lines dropped.
+        """
+        rows = read_metrics(self.out)
+        kept = [row for row in rows if row["step"] <= step or any(row.get(name) != where[name] for name in where)]
+        if len(kept) < len(rows):
+            if self._metrics is not None:
+                self._metrics.close()
+            (self.out / METRICS).write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+            self._open_metrics()
+        return len(rows) - len(kept)
+
+    def _open_metrics(self) -> None:
+        path = self.out / METRICS
+        if path.exists() and not (text := path.read_text(encoding="utf-8", errors="replace")).endswith("\n"):
+            # A kill in the middle of a line: the step it belonged to will be done again.
+            path.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")
+        self._metrics = path.open("a", encoding="utf-8")
+
+    def _say(self, level: str, text: str, shown: str) -> None:
+        self._write(level, text)
+        if self._bar is not None:
+            self._bar.console.print(shown, markup=False, highlight=False)
+        else:
+            print(shown, file=self._stream, flush=True)
+
+    def _write(self, level: str, text: str) -> None:
+        if self._log is not None:
+            stamp = datetime.now(UTC).isoformat(timespec="seconds")
+            self._log.write(f"{stamp} {level}: {scrub(text)}\n")
+            self._log.flush()
+
+    def _draw(self, done: int, total: int, line: str) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn
+
+        if self._bar is None:
+            columns = (BarColumn(bar_width=24), TextColumn("{task.description}", markup=False))
+            self._bar = Progress(*columns, console=Console(file=self._stream), transient=True)
+            self._bar.add_task(line, total=total)
+            self._bar.start()
+        self._bar.update(self._bar.task_ids[0], completed=done, total=total, description=line)
+
+    def _end_bar(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+def read_metrics(out: Path) -> list[dict[str, Any]]:
+    """The complete lines of a run's ``metrics.jsonl``; empty if there is none."""
+    path = out / METRICS
+    if not path.exists():
+        return []
+    text = path.read_text(encoding="utf-8", errors="replace")
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def scrub(text: str) -> str:
+    """Shorten absolute paths to their last part; files of this project to their path in it.
+
+    >>> scrub("cannot read /data/jane/scan 1.png: broken")
+    'cannot read <path>/scan 1.png: broken'
+    """
+    return _ABSOLUTE.sub("<path>/", text.replace(_ROOT, ""))
+
+
+def duration(seconds: float) -> str:
+    """A time for people: ``42s``, ``3m05``, ``1h52``, ``2d03h``.
+
+    >>> [duration(s) for s in (42, 185, 6720, 183600)]
+    ['42s', '3m05', '1h52', '2d03h']
+    """
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}"
+    if whole < 86400:
+        return f"{whole // 3600}h{whole % 3600 // 60:02d}"
+    return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"
+
+
+def _shown(name: str, value: float | str) -> str:
+    text = value if isinstance(value, str) else (f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}")
+    return f"{text} {name.removesuffix('_per_s')}/s" if name.endswith("_per_s") else f"{name} {text}"
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,103 @@
+"""The run log: what people read, what files keep."""
+
+import io
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shared.runlog import RunLog, duration, read_metrics, scrub
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_says_lines_to_the_stream_and_the_file(tmp_path):
+    stream = io.StringIO()
+    with RunLog(tmp_path, stream=stream) as log:
+        log.info("100 samples")
+        log.warn("3 samples have no map")
+        assert log.warnings == ["3 samples have no map"]
+    assert stream.getvalue() == "100 samples\nwarning: 3 samples have no map\n"
+    lines = (tmp_path / "run/run.log").read_text().splitlines()
+    assert [line.split(" ", 1)[1] for line in lines] == ["info: 100 samples", "warning: 3 samples have no map"]
+
+
+def fail_inside(folder, message):
+    with RunLog(folder, stream=io.StringIO()):
+        raise OSError(message)
+
+
+def test_files_hold_no_absolute_path(tmp_path):
+    secret = tmp_path / "jane doe"
+    with RunLog(tmp_path, stream=io.StringIO()) as log:
+        log.info(f"reading {secret}/scans/a.png")
+    with pytest.raises(OSError, match="broken"):
+        fail_inside(tmp_path, f"broken: {secret}/scans/a.png")
+    text = (tmp_path / "run/run.log").read_text()
+    assert str(tmp_path) not in text
+    assert "OSError: broken" in text
+    assert "a.png" in text
+    assert "tests/shared/test_runlog.py" in text  # the traceback still tells where
+
+
+def test_metrics_survive_a_torn_line_and_rewind(tmp_path):
+    with RunLog(tmp_path, stream=io.StringIO()) as log:
+        for step in range(1, 6):
+            log.metric(step, loss=1 / step, fold=step % 2)
+    with (tmp_path / "run/metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')
+    with RunLog(tmp_path, stream=io.StringIO()) as log:
+        assert log.rewind(4, fold=0) == 0
+        assert log.rewind(3, fold=0) == 1
+        assert log.rewind(2) == 2
+        log.metric(3, loss=float("nan"))
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3]
+    assert json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1]) == {"step": 3, "loss": None}
+
+
+def test_plain_progress_is_sparse_and_ends_with_the_last_step(tmp_path):
+    stream = io.StringIO()
+    with RunLog(tmp_path, stream=stream, interval_s=1000) as log:
+        for step in range(1, 101):
+            log.progress(step, 100, "step", loss=0.41234, img_per_s=312.4)
+    lines = stream.getvalue().splitlines()
+    assert lines[0] == "step 1/100 loss 0.412 312 img/s"
+    assert lines[1:] == ["step 100/100 loss 0.412 312 img/s"]
+
+
+def test_plain_progress_tells_the_time_left(tmp_path):
+    stream = io.StringIO()
+    with RunLog(tmp_path, stream=stream, interval_s=0) as log:
+        log.progress(10, 20, "step")
+        log.progress(11, 20, "step")
+    first, second = stream.getvalue().splitlines()
+    assert "eta" not in first
+    assert second.endswith("eta 0s")
+
+
+def test_terminal_progress_draws_and_clears(tmp_path):
+    stream = Terminal()
+    with RunLog(tmp_path, stream=stream) as log:
+        log.progress(1, 2, "step", loss=0.5)
+        log.info("between")
+        log.progress(2, 2, "step", loss=0.5)
+    assert "between" in stream.getvalue()
+    assert "step" not in (tmp_path / "run/run.log").read_text()  # a live line is not logged
+
+
+@given(st.lists(st.text("abcXYZ019._-", min_size=1, max_size=8), min_size=2, max_size=5))
+def test_scrub_keeps_only_the_last_part(parts):
+    assert scrub("x /" + "/".join(parts)) == f"x <path>/{parts[-1]}"
+
+
+def test_relative_paths_and_rates_stay():
+    assert scrub("run/metrics.jsonl at 312 img/s, 3/4 done") == "run/metrics.jsonl at 312 img/s, 3/4 done"
+
+
+def test_duration_rounds():
+    assert duration(59.4) == "59s"
+    assert duration(59.6) == "1m00"
