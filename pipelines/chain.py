@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from pydantic import Field
 from shared.artifact import Artifact, Card, read_card, write_atomic
 from shared.config import Strict
 from shared.errors import DriftError, InputMissingError, MwmError
-from shared.runlog import say
+from shared.runlog import duration
 from shared.workspace import set_aside
 from stage1_localize.config import LocalizeConfig
 from stage2_pretrain.config import PretrainConfig
@@ -99,7 +100,7 @@ def run_chain(
         MwmError: Whatever a stage raises; DriftError or CorruptError if the closing audit fails.
     """
     if fresh and (aside := set_aside(out)):
-        say(f"the old run is kept at {aside.name}")
+        _say(f"the old run is kept at {aside.name}")
     out.mkdir(parents=True, exist_ok=True)
     summary = Summary(out)
     images, labels = _corpus(config, out, images, labels, summary)
@@ -123,11 +124,15 @@ def run_chain(
 
 def _step(summary: Summary, name: str, work: Callable[[], T]) -> T:
     started = time.monotonic()
-    say(f"{name} ...")
+    _say(f"{name} ...")
     result = work()
     summary.seconds[name] = time.monotonic() - started
-    say(f"{name}: {summary.seconds[name]:.1f} s")
+    _say(f"{name} done in {duration(summary.seconds[name])}")
     return result
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _corpus(

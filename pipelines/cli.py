@@ -5,7 +5,9 @@ Data goes to stdout, talk to stderr. Nothing heavy is imported before a command 
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import io
 import json
 import os
 import sys
@@ -13,9 +15,8 @@ import traceback
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
-import click
 import typer
 from typer.core import TyperCommand
 
@@ -28,12 +29,12 @@ def _settings_help(config: str) -> type[TyperCommand]:
     """A command whose ``--help`` ends with its configuration keys, read from the config class itself."""
 
     class WithSettings(TyperCommand):
-        def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        def format_epilog(self, ctx: Any, formatter: Any) -> None:
             module, _, name = config.partition(":")
             rows = list(_describe(getattr(import_module(module), name)))
             width = max(len(key) for key, _ in rows)
             lines = "\n".join(f"  {key:<{width}}  {text}" for key, text in rows)
-            click.echo(f"\n Settings for a recipe or --set:\n\n{lines}\n")
+            typer.echo(f"\n Settings for a recipe or --set:\n\n{lines}\n")
 
     return WithSettings
 
@@ -258,17 +259,15 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _run(command: Callable[[], Any], verbose: bool, quiet: bool) -> int:
-    os.environ["MWM_QUIET"] = "1" if quiet else ""
     try:
-        code = command()
+        with contextlib.redirect_stderr(_WarningsOnly(sys.stderr)) if quiet else contextlib.nullcontext():
+            code = command()
         return code if isinstance(code, int) else 0
     except MwmError as error:
         return _report(error, verbose)
-    except click.ClickException as error:
-        return _report(UsageError(error.format_message(), hint="mwm COMMAND --help"), verbose)
-    except click.exceptions.Exit as error:
+    except typer.Exit as error:
         return error.exit_code
-    except (KeyboardInterrupt, click.exceptions.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         typer.echo("interrupted; the same command continues from the last saved state", err=True)
         return 75
     except BrokenPipeError:
@@ -279,7 +278,25 @@ def _run(command: Callable[[], Any], verbose: bool, quiet: bool) -> int:
             return _report(DiskFullError("the disk is full", hint="make room; the same command continues"), verbose)
         return _bug(error, verbose)
     except Exception as error:
+        # Typer's own usage errors have no public base class; this method is what they share.
+        if hasattr(error, "format_message"):
+            return _report(UsageError(error.format_message(), hint="mwm COMMAND --help"), verbose)
         return _bug(error, verbose)
+
+
+class _WarningsOnly(io.TextIOBase):
+    """Stderr under ``-q``: lets whole lines through that begin with ``warning``."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._line = ""
+
+    def write(self, text: str) -> int:
+        *lines, self._line = (self._line + text).split("\n")
+        for line in lines:
+            if line.startswith("warning"):
+                self._stream.write(line + "\n")
+        return len(text)
 
 
 def _report(error: MwmError, verbose: bool) -> int:
