@@ -1,0 +1,190 @@
+"""Encoders by name, on timm: build, list their scales, export so that timm itself loads them back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shared.artifact import write_atomic
+from shared.errors import ConfigError, CorruptError, InputMissingError
+from shared.rng import seed_key
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+_FINEST = 4
+"""Scales finer than this are stems: half-made features that no published method reads."""
+
+
+@dataclass
+class Backbone:
+    """A timm model without its classifier, and what is needed to build it again.
+
+    Attributes:
+        model: Plain timm module; its state dict is timm's own.
+        name: timm's name of the architecture.
+        in_chans: Channels of the input.
+        output_stride: Pixels per position of the deepest feature, or None for the architecture's own.
+        model_args: Further arguments of ``timm.create_model``, JSON.
+        reductions: Pixels per position of each distinct scale from 4 up, ascending.
+        channels: Channels of the last feature at each of these scales.
+        indices: timm's index of these features.
+    """
+
+    model: nn.Module
+    name: str
+    in_chans: int
+    output_stride: int | None
+    model_args: dict[str, Any]
+    reductions: tuple[int, ...]
+    channels: tuple[int, ...]
+    indices: tuple[int, ...] = field(repr=False)
+
+    @property
+    def stride(self) -> int:
+        """Pixels per position of the deepest feature."""
+        return self.reductions[-1]
+
+    def features(self, image: Tensor) -> list[Tensor]:
+        """The last feature map of every distinct scale, finest first.
+
+        Args:
+            image: [B, C, S, S], S a multiple of `stride`.
+
+        Returns:
+            One [B, channels[i], S / reductions[i], S / reductions[i]] a scale.
+        """
+        forward: Any = self.model.forward_intermediates
+        return list(forward(image, indices=list(self.indices), intermediates_only=True))
+
+
+def build(
+    name: str,
+    *,
+    in_chans: int,
+    output_stride: int | None = None,
+    model_args: Mapping[str, Any] | None = None,
+    seed: int = 0,
+) -> Backbone:
+    """Build an encoder with random weights that are a function of its arguments and the seed alone.
+
+    Args:
+        name: A name that ``timm.create_model`` knows, without a pretrained tag.
+        in_chans: Input channels, 1 or more.
+        output_stride: 8, 16 or 32 for architectures that can dilate, or None.
+        model_args: Further JSON arguments of ``timm.create_model``.
+        seed: Seed of the initial weights; torch's global generator is left as it was.
+
+    Raises:
+        ConfigError: Unknown name, or arguments that the architecture does not take.
+    """
+    import timm
+
+    if name not in timm.list_models():
+        near = _near(name, timm.list_models())
+        raise ConfigError(f"unknown backbone '{name}'", hint=f"Did you mean {near}?" if near else None)
+    args = dict(model_args or {})
+    extra: dict[str, Any] = {} if output_stride is None else {"output_stride": output_stride}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_key("backbone", seed))
+        try:
+            model = timm.create_model(name, pretrained=False, num_classes=0, in_chans=in_chans, **extra, **args)
+        except (TypeError, AssertionError, NotImplementedError, RuntimeError) as error:
+            shown = json.dumps({**extra, **args})
+            raise ConfigError(f"backbone '{name}' cannot be built with {shown}: {error}") from None
+    reductions, channels, indices = _scales(name, model)
+    return Backbone(model, name, in_chans, output_stride, args, reductions, channels, indices)
+
+
+def export_encoder(
+    backbone: Backbone, folder: Path, *, size_px: int, mean: Sequence[float], std: Sequence[float]
+) -> None:
+    """Write a folder that ``timm.create_model("local-dir:FOLDER", pretrained=True)`` reads as it is.
+
+    Args:
+        backbone: What to write; values are stored as they are, on any device.
+        folder: Created if absent.
+        size_px: Side of the images it was trained on.
+        mean: Subtracted from each channel of an image in [0, 1].
+        std: Then divided by.
+    """
+    from safetensors.torch import save
+
+    folder.mkdir(parents=True, exist_ok=True)
+    model: Any = backbone.model
+    stride = {} if backbone.output_stride is None else {"output_stride": backbone.output_stride}
+    cfg = dict(model.pretrained_cfg)
+    config = {
+        "architecture": backbone.name,
+        "num_classes": 0,
+        "num_features": model.num_features,
+        "model_args": {"in_chans": backbone.in_chans, **stride, **backbone.model_args},
+        "pretrained_cfg": {
+            "num_classes": 0,
+            "input_size": [backbone.in_chans, size_px, size_px],
+            "pool_size": [size_px // backbone.stride] * 2,
+            "fixed_input_size": bool(cfg.get("fixed_input_size", False)),
+            "interpolation": "bilinear",
+            "crop_pct": 1.0,
+            "mean": list(mean),
+            "std": list(std),
+            "first_conv": cfg.get("first_conv"),
+            "classifier": cfg.get("classifier"),
+        },
+    }
+    write_atomic(folder / CONFIG, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
+    state = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
+    write_atomic(folder / WEIGHTS, save(state, metadata={"format": "pt"}))
+
+
+def load_encoder(folder: Path) -> Backbone:
+    """Read what `export_encoder` wrote, every tensor or an error.
+
+    Raises:
+        InputMissingError: No such folder.
+        CorruptError: A file is missing or unreadable, or a tensor is missing, unknown or of another shape.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    if not folder.is_dir():
+        raise InputMissingError(f"{folder}: no such encoder folder")
+    try:
+        config = json.loads((folder / CONFIG).read_bytes())
+        args = dict(config["model_args"])
+        name, in_chans, stride = config["architecture"], args.pop("in_chans"), args.pop("output_stride", None)
+        state = load((folder / WEIGHTS).read_bytes())
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise CorruptError(f"{folder.name}: not an encoder: {type(error).__name__}: {error}") from None
+    backbone = build(name, in_chans=in_chans, output_stride=stride, model_args=args)
+    expected = {key: tuple(value.shape) for key, value in backbone.model.state_dict().items()}
+    found = {key: tuple(value.shape) for key, value in state.items()}
+    for key in sorted(expected.keys() | found.keys()):
+        if expected.get(key) != found.get(key):
+            raise CorruptError(
+                f"{folder.name}: tensor {key}: shape {found.get(key, 'absent')}, expected {expected.get(key, 'absent')}"
+            )
+    backbone.model.load_state_dict(state)
+    return backbone
+
+
+def _scales(name: str, model: Any) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    if not hasattr(model, "feature_info") or not hasattr(model, "forward_intermediates"):
+        raise ConfigError(f"backbone '{name}' tells no feature maps", hint="name a timm architecture with feature_info")
+    last: dict[int, tuple[int, int]] = {}
+    for index, info in enumerate(model.feature_info):
+        if info["reduction"] >= _FINEST:
+            last[int(info["reduction"])] = (int(info["num_chs"]), index)
+    reductions = tuple(sorted(last))
+    return reductions, tuple(last[r][0] for r in reductions), tuple(last[r][1] for r in reductions)
+
+
+def _near(name: str, known: Sequence[str]) -> str:
+    import difflib
+
+    return ", ".join(difflib.get_close_matches(name, known, n=3))

@@ -1,0 +1,330 @@
+"""One training loop for every stage: schedule, clipping, EMA, states, signals; the stage gives one step function.
+
+A run that is interrupted at any step and continued ends with the bits of one that was not (CPU, equal
+threads): sample order and torch's own draws are functions of names, and all else is in the state.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from shared.checkpoint import latest_state, save_state
+from shared.errors import CorruptError, InterruptedRun, UsageError
+from shared.rng import seed_key
+from shared.runlog import RunLog
+
+VERSION = 1
+"""Raised when equal inputs and plans give other weights; part of a run's specification."""
+
+
+class NonFiniteError(UsageError, ArithmeticError):
+    """The loss or a gradient became NaN or infinite (exit 2)."""
+
+    kind = "non-finite"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to optimise.
+
+    Attributes:
+        steps: Optimiser steps of the whole run, at least 1.
+        lr: Peak learning rate.
+        warmup_steps: Steps of linear growth from 0 to `lr`.
+        lr_end: Learning rate at the end of the cosine.
+        weight_decay: Decoupled decay of weights; biases, norms and tokens (fewer than 2 axes) have none.
+        betas: Decay rates of AdamW's moments.
+        clip_norm: Largest norm of all gradients together, or None.
+        ema: Decay of the moving average of the weights a step, or None for no average.
+        seed: Seeds torch's own draws (dropout, drop path) of every step.
+        checkpoint_s: Seconds between states.
+        checkpoint_steps: Steps between states, or None for by time alone.
+        keep: States to keep.
+    """
+
+    steps: int
+    lr: float
+    warmup_steps: int = 0
+    lr_end: float = 0.0
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip_norm: float | None = 5.0
+    ema: float | None = None
+    seed: int = 0
+    checkpoint_s: float = 60.0
+    checkpoint_steps: int | None = None
+    keep: int = 2
+
+
+class Stateful(Protocol):
+    """Something beside the weights that a resumed run needs: witnesses, the best score so far."""
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and JSON that describe it whole."""
+        ...
+
+    def load(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+        """Become what `state` described."""
+        ...
+
+
+@dataclass
+class Fitted:
+    """What `fit` leaves beside the trained module.
+
+    Attributes:
+        steps: Steps of the whole run.
+        resumed_from: Step that this process began at.
+        ema: Averaged state dict, or None without `Plan.ema`.
+        wait_s: Seconds this process waited for data.
+        busy_s: Seconds it computed.
+        samples: Samples it saw.
+    """
+
+    steps: int
+    resumed_from: int
+    ema: dict[str, Tensor] | None
+    wait_s: float
+    busy_s: float
+    samples: int
+
+
+def fit(
+    module: nn.Module,
+    batches: Callable[[int], Iterable[tuple[Any, Sequence[str]]]],
+    step: Callable[[Any, int], dict[str, Tensor]],
+    plan: Plan,
+    *,
+    state: Path,
+    log: RunLog,
+    unit: str = "step",
+    extra: Stateful | None = None,
+    after_step: Callable[[int, dict[str, float]], None] | None = None,
+    lr_scale: Callable[[str], float] | None = None,
+    where: Mapping[str, Any] | None = None,
+) -> Fitted:
+    """Train a module in place, from the newest state in ``state`` if there is one.
+
+    Args:
+        module: Holds every trained parameter and buffer. Its mode and device are the caller's.
+        batches: Called once with the number of steps done; yields a batch and its sample ids for each
+            step to come.
+        step: ``step(batch, index)`` returns scalars with ``"loss"``, the one that is minimised; index from 0.
+        plan: How to optimise.
+        state: Folder of the states; `shared.checkpoint`.
+        log: Gets progress, and a metrics line a step: scalars, ``lr``, ``grad_norm``.
+        unit: What a step is called in the progress line.
+        extra: Saved and restored with the weights.
+        after_step: Called with the number of steps done and the step's scalars, before a state is saved:
+            what it changes in ``extra`` is in that state.
+        lr_scale: Factor of the learning rate by parameter name; 0 freezes.
+        where: Marks the metrics lines of this fit where a run has several, e.g. ``{"fold": 2}``.
+
+    Returns:
+        Averages and timings. Done steps are not repeated: a finished fit returns at once.
+
+    Raises:
+        InterruptedRun: SIGTERM or SIGINT came; the state is saved.
+        NonFiniteError: Loss or gradient not finite; names the samples. The states before it stay.
+        CorruptError: The states are broken, or of another module.
+    """
+    optimizer = _optimizer(module, plan, lr_scale)
+    ema = {name: value.detach().clone() for name, value in module.state_dict().items()} if plan.ema else None
+    tags = dict(where or {})
+    found = latest_state(state, log.warn)
+    begun = 0
+    if found is not None:
+        begun, tensors, meta = found
+        _restore(tensors, meta, module, optimizer, ema, extra)
+        log.info(f"continuing from {unit} {begun} of {plan.steps}")
+    log.rewind(begun, **tags)
+    fitted = Fitted(plan.steps, begun, ema, 0.0, 0.0, 0)
+    if begun >= plan.steps:
+        return fitted
+    saved_at = time.monotonic()
+    source = iter(batches(begun))
+    with _Signals() as signals, torch.random.fork_rng(devices=[]):
+        for index in range(begun, plan.steps):
+            waited = time.perf_counter()
+            batch, sample_ids = next(source)
+            started = time.perf_counter()
+            torch.manual_seed((seed_key("torch", plan.seed) + index) % 2**63)
+            scalars = _advance(module, optimizer, step, batch, sample_ids, plan, index)
+            if ema is not None:
+                _average(ema, module, plan.ema or 0.0)
+            ended = time.perf_counter()
+            fitted.wait_s += started - waited
+            fitted.busy_s += ended - started
+            fitted.samples += len(sample_ids)
+            done = index + 1
+            log.metric(done, **tags, **scalars)
+            if after_step is not None:
+                after_step(done, scalars)
+            rate = fitted.samples / (fitted.wait_s + fitted.busy_s)
+            log.progress(done, plan.steps, unit, loss=scalars["loss"], img_per_s=rate)
+            due = time.monotonic() - saved_at >= plan.checkpoint_s or (
+                plan.checkpoint_steps is not None and done % plan.checkpoint_steps == 0
+            )
+            if due or signals.caught is not None or done == plan.steps:
+                save_state(state, done, *_collect(module, optimizer, ema, extra), keep=plan.keep)
+                saved_at = time.monotonic()
+            if signals.caught is not None:
+                raise InterruptedRun(
+                    f"{signals.caught} after {unit} {done} of {plan.steps}; state saved",
+                    hint="run the same command again: it continues",
+                )
+    return fitted
+
+
+def learning_rate(plan: Plan, index: int) -> float:
+    """Learning rate of a step: linear warm-up, then a cosine from `lr` to `lr_end`.
+
+    >>> plan = Plan(steps=10, lr=1.0, warmup_steps=2)
+    >>> [round(learning_rate(plan, index), 3) for index in (0, 1, 2, 6, 9)]
+    [0.5, 1.0, 1.0, 0.5, 0.038]
+    """
+    if index < plan.warmup_steps:
+        return plan.lr * (index + 1) / plan.warmup_steps
+    share = (index - plan.warmup_steps) / max(1, plan.steps - plan.warmup_steps)
+    return plan.lr_end + (plan.lr - plan.lr_end) * 0.5 * (1 + math.cos(math.pi * share))
+
+
+def _optimizer(module: nn.Module, plan: Plan, lr_scale: Callable[[str], float] | None) -> torch.optim.Optimizer:
+    """AdamW over the trained parameters; another optimiser belongs here, behind a field of `Plan`."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in module.named_parameters():
+        scale = 1.0 if lr_scale is None else lr_scale(name)
+        if parameter.requires_grad and scale > 0:
+            decay = 0.0 if _undecayed(parameter) else plan.weight_decay
+            groups.setdefault((scale, decay), []).append(parameter)
+    if not groups:
+        raise UsageError("nothing to train: every parameter is frozen")
+    listed = [{"params": params, "scale": scale, "weight_decay": decay} for (scale, decay), params in groups.items()]
+    return torch.optim.AdamW(listed, lr=plan.lr, betas=plan.betas)
+
+
+def _undecayed(parameter: Tensor) -> bool:
+    """Biases, norm scales and tokens ([1, C, 1, 1]): at most one axis is longer than 1."""
+    return sum(length > 1 for length in parameter.shape) < 2
+
+
+def _advance(
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    step: Callable[[Any, int], dict[str, Tensor]],
+    batch: Any,
+    sample_ids: Sequence[str],
+    plan: Plan,
+    index: int,
+) -> dict[str, float]:
+    rate = learning_rate(plan, index)
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["scale"]
+    optimizer.zero_grad(set_to_none=True)
+    outputs = step(batch, index)
+    scalars = {name: float(value.detach()) for name, value in outputs.items()}
+    _check_finite("loss", scalars["loss"], index, sample_ids)
+    outputs["loss"].backward()
+    norm = nn.utils.clip_grad_norm_(module.parameters(), plan.clip_norm or math.inf)
+    scalars["grad_norm"] = float(norm)
+    _check_finite("gradient norm", scalars["grad_norm"], index, sample_ids)
+    optimizer.step()
+    return {**scalars, "lr": rate}
+
+
+def _check_finite(what: str, value: float, index: int, sample_ids: Sequence[str]) -> None:
+    if math.isfinite(value):
+        return
+    shown = ", ".join(sample_ids[:8]) + (f" and {len(sample_ids) - 8} more" if len(sample_ids) > 8 else "")
+    raise NonFiniteError(
+        f"{what} is {value} at step {index + 1}, expected a finite number; samples: {shown}",
+        hint="lower lr, or look at these samples; the state before this step is kept",
+    )
+
+
+@torch.no_grad()
+def _average(ema: dict[str, Tensor], module: nn.Module, decay: float) -> None:
+    for name, value in module.state_dict().items():
+        if value.is_floating_point():
+            ema[name].mul_(decay).add_(value, alpha=1 - decay)
+        else:
+            ema[name].copy_(value)
+
+
+def _collect(
+    module: nn.Module, optimizer: torch.optim.Optimizer, ema: Mapping[str, Tensor] | None, extra: Stateful | None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tensors = {f"module/{name}": value for name, value in module.state_dict().items()}
+    tensors |= {f"ema/{name}": value for name, value in (ema or {}).items()}
+    for name, parameter in module.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"optimizer/{key}/{name}"] = value
+    meta: dict[str, Any] = {}
+    if extra is not None:
+        more, meta["extra"] = extra.state()
+        tensors |= {f"extra/{name}": value for name, value in more.items()}
+    return tensors, meta
+
+
+def _restore(
+    tensors: Mapping[str, Tensor],
+    meta: Mapping[str, Any],
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    ema: dict[str, Tensor] | None,
+    extra: Stateful | None,
+) -> None:
+    parts: dict[str, dict[str, Tensor]] = {"module": {}, "ema": {}, "optimizer": {}, "extra": {}}
+    for name, value in tensors.items():
+        part, _, rest = name.partition("/")
+        parts[part][rest] = value
+    parameters = dict(module.named_parameters())
+    try:
+        module.load_state_dict(parts["module"])
+        for name, value in (ema or {}).items():
+            value.copy_(parts["ema"][name])
+        for name, value in parts["optimizer"].items():
+            key, _, owner = name.partition("/")
+            parameter = parameters[owner]
+            # Moments take the strides of their parameter, as AdamW itself would have made them.
+            like = value.dim() > 0 and value.shape == parameter.shape
+            optimizer.state[parameter][key] = torch.empty_like(parameter).copy_(value) if like else value
+    except (RuntimeError, KeyError) as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise CorruptError(f"the saved state is of another module: {reason}") from None
+    if extra is not None:
+        extra.load(parts["extra"], meta["extra"])
+
+
+class _Signals:
+    """Remember SIGTERM or SIGINT instead of dying; the second one of a kind acts as it did before."""
+
+    def __init__(self) -> None:
+        self.caught: str | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> _Signals:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._catch)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def _catch(self, number: int, frame: FrameType | None) -> None:
+        self.caught = signal.Signals(number).name
+        signal.signal(number, self._before.pop(number))
