@@ -156,7 +156,8 @@ def _deep_tiff(data: bytes, name: str) -> np.ndarray | None:
 
     with tifffile.TiffFile(io.BytesIO(data)) as tiff:
         if len(tiff.pages) != 1:
-            raise DecodeError(f"{name}: {len(tiff.pages)} pages, expected 1", reason="unsupported")
+            reason = "unsupported" if len(tiff.pages) else "decode_failed"
+            raise DecodeError(f"{name}: {len(tiff.pages)} pages, expected 1", reason=reason)
         page: Any = tiff.pages[0]
         _refuse_size(page.imagewidth, page.imagelength, name)
         if page.dtype is None or page.dtype.itemsize == 1:
@@ -165,7 +166,8 @@ def _deep_tiff(data: bytes, name: str) -> np.ndarray | None:
             raise DecodeError(f"{name}: TIFF of {page.samplesperpixel} x {page.dtype}", reason="unsupported")
         if page.samplesperpixel == 1 and page.compression not in (1, 8, 32773, 32946) and page.dtype == np.uint16:
             return None  # LZW and the like, which Pillow decodes at 16 bit
-        values = page.asarray().astype(np.float32)
+        with np.errstate(over="ignore"):  # becomes infinite, and is then refused as such
+            values = page.asarray().astype(np.float32)
         inverted = page.photometric == 0
         orientation = page.tags.valueof(274, 1)
         channels_last = values.ndim == 3 and page.planarconfig == 1

@@ -155,7 +155,8 @@ def _walk(root: Path) -> Iterator[Source]:
             if name.startswith(".") or (name in names and not _suffix(name)):
                 continue
             path = Path(folder, name)
-            _refuse_escape(path, home)
+            if path.is_symlink():
+                _refuse_escape(path, home)
             if name in names:
                 yield Source(unicodedata.normalize("NFC", path.relative_to(root).as_posix()), path)
 
@@ -219,10 +220,8 @@ def _slices(source: Source) -> Iterator[Source]:
 
 
 def _refuse_escape(path: Path, home: Path) -> None:
-    if path.is_symlink() or path.parent.is_symlink():
-        target = path.resolve()
-        if not target.is_relative_to(home):
-            raise UsageError(f"{path}: a symbolic link out of the corpus is refused", hint="copy the file instead")
+    if not path.resolve().is_relative_to(home):
+        raise UsageError(f"{path}: a symbolic link out of the corpus is refused", hint="copy the file instead")
 
 
 def _refuse_ids(sources: list[Source]) -> None:

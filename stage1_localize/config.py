@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from shared.config import Strict, runtime
 from shared.config import spec as spec_of
@@ -19,10 +19,15 @@ def _one_or_many(value: Any) -> Any:
 
 
 class PartConfig(Strict):
-    """A replaceable part by name, with its own options."""
+    """A replaceable part by name, with its own options; a bare name means its defaults."""
 
     name: str = Field(description="Name in the registry; 'mwm doctor' lists them.")
     options: dict[str, Any] = Field(default_factory=dict, description="Options of that part; unknown keys are errors.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bare_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
 
 
 class LocalizeConfig(Strict):

@@ -37,7 +37,7 @@ def test_a_stage_imports_itself_and_shared_only() -> None:
 
 
 def test_inside_shared_contracts_do_not_import_what_stands_on_them() -> None:
-    order = ["errors", "config rng merkle lease registry", "artifact", "workspace images corpus regions checkpoint"]
+    order = ["errors", "config rng merkle lease registry", "artifact", "workspace decode images corpus regions checkpoint"]
     level = {name: number for number, names in enumerate(order) for name in names.split()}
     for path in (ROOT / "shared").glob("*.py"):
         for module in imports(path):
