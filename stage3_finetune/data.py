@@ -1,0 +1,205 @@
+"""Images for a classifier: working copies, deterministic light augmentation, batches in a deterministic order.
+
+What an item looks like depends on (seed, sample id, epoch) alone: not on the batch, the number of workers, nor
+on whether the run was interrupted.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float32, Int64
+from torch.nn.functional import interpolate
+
+from shared.artifact import file_sha256
+from shared.config import digest
+from shared.errors import CorruptError, DecodeError
+from shared.images import Source, read_image
+from shared.rng import uniform_u32
+from stage3_finetune.config import AugmentConfig
+from stage3_finetune.labels import Example
+
+WORKING_SIDES = 2
+"""A working copy's longer side is at most this many times ``size_px``: enough for any crop, bounded in memory."""
+_AHEAD = 2
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples that go through the model together.
+
+    Attributes:
+        image: In [0, 1].
+        label: Index of the class.
+        sample_ids: Who they are.
+    """
+
+    image: Float32[torch.Tensor, "B C S S"]
+    label: Int64[torch.Tensor, "B"]
+    sample_ids: tuple[str, ...]
+
+
+def digest_images(sources: Mapping[str, Source], examples: Sequence[Example]) -> tuple[dict[str, str], str]:
+    """Digest every file that the table names, each once.
+
+    Returns:
+        sha256 by sample id, and the digest of all (sample id, sha256) pairs.
+    """
+    by_path = {path: file_sha256(path) for path in {sources[example.sample_id].path for example in examples}}
+    by_id = {example.sample_id: by_path[sources[example.sample_id].path] for example in examples}
+    return by_id, digest(sorted(by_id.items()))
+
+
+class Part:
+    """One part of the table with its images; batches of it, epoch after epoch.
+
+    Args:
+        examples: The rows.
+        classes: Class names.
+        sources: Where each sample is.
+        sha256: Digest of each sample's file, taken when the run started.
+        size_px: Side of the images handed out.
+        channels: 1 (colour becomes Rec. 601 luma) or 3 (grey is repeated).
+        augment: None for images as they are.
+        seed: Run seed.
+        cache_bytes: Memory for working copies.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        classes: Sequence[str],
+        *,
+        sources: Mapping[str, Source],
+        sha256: Mapping[str, str],
+        size_px: int,
+        channels: int,
+        augment: AugmentConfig | None,
+        seed: int,
+        cache_bytes: int,
+    ) -> None:
+        self.examples = tuple(examples)
+        self.labels: Int64[np.ndarray, "N"] = np.array([classes.index(row.label) for row in examples], np.int64)
+        self._sources, self._sha256 = sources, sha256
+        self._size_px, self._channels, self._augment, self._seed = size_px, channels, augment, seed
+        self._cache: dict[int, Float32[np.ndarray, "C h w"]] = {}
+        self._room = cache_bytes
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def item(self, index: int, epoch: int) -> Float32[torch.Tensor, "C S S"]:
+        """One image, augmented for this epoch if the part is.
+
+        Raises:
+            DecodeError: It cannot be decoded; names the sample.
+            CorruptError: The file changed since the run started.
+        """
+        pixels = self._working_copy(index)
+        if self._augment is not None:
+            words = uniform_u32("finetune/augment", self._seed, self.examples[index].sample_id, epoch, 6)
+            pixels = augment_image(pixels, self._augment, words)
+        return _resize(pixels, (self._size_px, self._size_px))
+
+    def batches(self, order: Iterable[tuple[int, list[int]]], *, workers: int = 0) -> Iterator[Batch]:
+        """Hand out batches; with workers, threads prepare the next two meanwhile.
+
+        Args:
+            order: Epoch and indices of each batch; may be endless.
+            workers: Threads; 0 works inline.
+        """
+        if workers == 0:
+            for epoch, indices in order:
+                yield self._collate([self.item(index, epoch) for index in indices], indices)
+            return
+        ahead: deque[tuple[list[int], list[Future[torch.Tensor]]]] = deque()
+        with ThreadPoolExecutor(workers) as pool:
+            for epoch, indices in order:
+                ahead.append((indices, [pool.submit(self.item, index, epoch) for index in indices]))
+                if len(ahead) > _AHEAD:
+                    ready, images = ahead.popleft()
+                    yield self._collate([image.result() for image in images], ready)
+            for ready, images in ahead:
+                yield self._collate([image.result() for image in images], ready)
+
+    def _collate(self, images: Sequence[torch.Tensor], indices: list[int]) -> Batch:
+        sample_ids = tuple(self.examples[index].sample_id for index in indices)
+        return Batch(torch.stack(list(images)), torch.from_numpy(self.labels[indices]), sample_ids)
+
+    def _working_copy(self, index: int) -> Float32[np.ndarray, "C h w"]:
+        if index in self._cache:
+            return self._cache[index]
+        sample_id = self.examples[index].sample_id
+        try:
+            image = read_image(self._sources[sample_id])
+        except DecodeError as error:
+            hint = "mend the file, or take its row out of the labels"
+            raise DecodeError(f"sample {sample_id!a}: {error.message}", reason=error.reason, hint=hint) from None
+        if image.source_sha256 != self._sha256[sample_id]:
+            raise CorruptError(f"sample {sample_id!a}: its file changed while the run was going on")
+        pixels = convert_channels(image.pixels, self._channels)
+        height, width = pixels.shape[1:]
+        most = WORKING_SIDES * self._size_px
+        if max(height, width) > most:
+            scaled = (max(1, height * most // max(height, width)), max(1, width * most // max(height, width)))
+            pixels = _resize(pixels, scaled).numpy()
+        if pixels.nbytes <= self._room:
+            self._room -= pixels.nbytes
+            self._cache[index] = pixels
+        return pixels
+
+
+def plain_order(count: int, batch_size: int) -> list[tuple[int, list[int]]]:
+    """Batches in the order of the table, for evaluation."""
+    return [(0, list(range(first, min(first + batch_size, count)))) for first in range(0, count, batch_size)]
+
+
+def augment_image(
+    pixels: Float32[np.ndarray, "C H W"], augment: AugmentConfig, words: np.ndarray
+) -> Float32[np.ndarray, "C h w"]:
+    """Crop, mirror, and shift contrast and brightness, as six uniform 32-bit words say.
+
+    The crop is an integer window of the image's own aspect; values are clipped to [0, 1] again.
+    """
+    draw = [int(word) for word in words]
+
+    def pick(word: int, count: int) -> int:
+        return (word * count) >> 32
+
+    low, high = augment.crop_scale_milli
+    milli = low + pick(draw[0], high - low + 1)
+    height, width = (max(1, side * milli // 1000) for side in pixels.shape[1:])
+    top, left = pick(draw[1], pixels.shape[1] - height + 1), pick(draw[2], pixels.shape[2] - width + 1)
+    out = pixels[:, top : top + height, left : left + width]
+    if augment.flip and draw[3] >> 31:
+        out = out[:, :, ::-1]
+    contrast = 1000 + pick(draw[4], 2 * augment.contrast_milli + 1) - augment.contrast_milli
+    brightness = pick(draw[5], 2 * augment.brightness_milli + 1) - augment.brightness_milli
+    if contrast != 1000 or brightness:
+        mean = np.float32(out.mean())
+        out = np.clip((out - mean) * np.float32(contrast / 1000) + mean + np.float32(brightness / 1000), 0, 1)
+    return np.ascontiguousarray(out, dtype=np.float32)
+
+
+def convert_channels(pixels: Float32[np.ndarray, "c H W"], channels: int) -> Float32[np.ndarray, "C H W"]:
+    """Grey from colour by Rec. 601 luma, colour from grey by repetition."""
+    if pixels.shape[0] == channels:
+        return pixels
+    if channels == 1:
+        red, green, blue = pixels
+        grey = np.float32(0.299) * red + np.float32(0.587) * green + np.float32(0.114) * blue
+        return np.ascontiguousarray(grey[None])
+    return np.repeat(pixels, channels, axis=0)
+
+
+def _resize(pixels: Float32[np.ndarray, "C H W"], size: tuple[int, int]) -> Float32[torch.Tensor, "C h w"]:
+    """Bilinear with half-pixel centres, antialiased when it shrinks; no copy where the size is right already."""
+    image = torch.from_numpy(pixels)
+    if tuple(image.shape[1:]) == size:
+        return image
+    return interpolate(image[None], size=size, mode="bilinear", antialias=True, align_corners=False)[0]

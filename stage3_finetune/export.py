@@ -1,0 +1,79 @@
+"""A model folder that timm reads as it is, classes included."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from shared.artifact import write_atomic
+from shared.backbones import CONFIG, WEIGHTS
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How an image becomes the model's input: squashed to a square, then normalised.
+
+    Attributes:
+        size_px: Side of the square.
+        channels: 1 or 3.
+        mean: Subtracted from each channel of an image in [0, 1].
+        std: Then divided by.
+    """
+
+    size_px: int
+    channels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def export_model(
+    model: nn.Module,
+    folder: Path,
+    *,
+    architecture: str,
+    model_args: Mapping[str, Any],
+    classes: Sequence[str],
+    preprocessing: Preprocessing,
+) -> None:
+    """Write what ``timm.create_model("local-dir:FOLDER", pretrained=True)`` loads: weights, classes, input.
+
+    Args:
+        model: A timm model with its classifier.
+        folder: Created if absent.
+        architecture: timm's name.
+        model_args: Arguments of ``timm.create_model`` beside the number of classes and channels.
+        classes: Names in the order of the outputs; timm hands them on as ``label_names``.
+        preprocessing: Stored in timm's terms.
+    """
+    from safetensors.torch import save
+
+    folder.mkdir(parents=True, exist_ok=True)
+    timm_model: Any = model
+    side = preprocessing.size_px
+    config = {
+        "architecture": architecture,
+        "num_classes": len(classes),
+        "num_features": timm_model.num_features,
+        "label_names": list(classes),
+        "model_args": {"in_chans": preprocessing.channels, **model_args},
+        "pretrained_cfg": {
+            "num_classes": len(classes),
+            "input_size": [preprocessing.channels, side, side],
+            "fixed_input_size": bool(timm_model.pretrained_cfg.get("fixed_input_size", False)),
+            "interpolation": "bilinear",
+            "crop_pct": 1.0,
+            "crop_mode": "squash",
+            "mean": list(preprocessing.mean),
+            "std": list(preprocessing.std),
+            "first_conv": timm_model.pretrained_cfg.get("first_conv"),
+            "classifier": timm_model.pretrained_cfg.get("classifier"),
+        },
+    }
+    write_atomic(folder / CONFIG, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
+    state = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
+    write_atomic(folder / WEIGHTS, save(state, metadata={"format": "pt"}))

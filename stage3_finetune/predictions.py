@@ -1,0 +1,90 @@
+"""Predictions: made once a part, kept as a table, read back by a run that is continued."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float32, Int64
+
+from shared.artifact import write_atomic
+from shared.config import digest
+from shared.errors import CorruptError
+from stage3_finetune.labels import Example
+
+_FIXED = ("sample_id", "group", "split", "label", "predicted")
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Class probabilities of some rows of the labels table."""
+
+    examples: tuple[Example, ...]
+    classes: tuple[str, ...]
+    probability: Float32[np.ndarray, "N K"]
+
+    @staticmethod
+    def join(parts: Sequence[Predictions]) -> Predictions:
+        """One table of several."""
+        rows = tuple(example for part in parts for example in part.examples)
+        return Predictions(rows, parts[0].classes, np.concatenate([part.probability for part in parts]))
+
+    def part(self, split: str) -> Predictions:
+        """Those of one part."""
+        chosen = [index for index, example in enumerate(self.examples) if example.split == split]
+        return Predictions(tuple(self.examples[i] for i in chosen), self.classes, self.probability[chosen])
+
+    @property
+    def label(self) -> Int64[np.ndarray, "N"]:
+        """True classes, as indices."""
+        return np.array([self.classes.index(example.label) for example in self.examples], np.int64)
+
+    @property
+    def group(self) -> list[str]:
+        """Group of each row."""
+        return [example.group for example in self.examples]
+
+    @property
+    def sha256(self) -> str:
+        """Digest of ids and probabilities in millionths: an id holds no float."""
+        millionths = np.floor(self.probability.astype(np.float64) * 1e6 + 0.5).astype(np.int64).tolist()
+        ids = [example.sample_id for example in self.examples]
+        return digest(
+            {"classes": self.classes, "rows": [[name, *row] for name, row in zip(ids, millionths, strict=True)]}
+        )
+
+
+def write_predictions(path: Path, predictions: Predictions) -> None:
+    """Write the table in one piece; nine digits bring every float32 back to the bit."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([*_FIXED, *(f"p {name}" for name in predictions.classes)])
+    for example, row in zip(predictions.examples, predictions.probability, strict=True):
+        predicted = predictions.classes[int(row.argmax())]
+        numbers = [f"{float(value):.9g}" for value in row]
+        writer.writerow([example.sample_id, example.group, example.split, example.label, predicted, *numbers])
+    write_atomic(path, text.getvalue().encode())
+
+
+def read_predictions(path: Path, examples: Sequence[Example], classes: Sequence[str]) -> Predictions:
+    """Read what `write_predictions` wrote for these rows and classes.
+
+    Raises:
+        CorruptError: The table is not of these rows.
+    """
+    try:
+        header, *rows = csv.reader(io.StringIO(path.read_text(encoding="utf-8")))
+        probability = np.array([[float(cell) for cell in row[len(_FIXED) :]] for row in rows], np.float32)
+    except ValueError:
+        header, rows, probability = [], [], np.empty((0, 0), np.float32)
+    found = [tuple(row[:4]) for row in rows]
+    wanted = [(example.sample_id, example.group, example.split, example.label) for example in examples]
+    if header != [*_FIXED, *(f"p {name}" for name in classes)] or found != wanted:
+        raise CorruptError(
+            f"{path.name}: not the predictions of this run", hint="--fresh keeps the folder aside and starts anew"
+        )
+    return Predictions(tuple(examples), tuple(classes), probability.reshape(len(rows), len(classes)))

@@ -1,0 +1,105 @@
+"""What training starts from: a published encoder, or the same architecture with random weights."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shared.artifact import Card, Input, file_sha256, open_artifact
+from shared.backbones import CONFIG, Backbone, build, load_encoder
+from shared.errors import ConfigError, CorruptError
+from stage3_finetune.config import FinetuneConfig
+from stage3_finetune.export import Preprocessing
+
+FROM_SCRATCH = "resnet18"
+_FOLDER = "encoder"
+_MEAN, _STD = 0.5, 0.25
+"""Normalisation of a start from scratch; an encoder brings its own."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """A backbone without a classifier, and what its input must look like.
+
+    Attributes:
+        backbone: On the CPU.
+        mean: Subtracted from each channel of an image in [0, 1].
+        std: Then divided by.
+        inputs: The encoder as an input of the run; empty from scratch.
+        line: One line for the log.
+    """
+
+    backbone: Backbone
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    inputs: tuple[Input, ...]
+    line: str
+
+    @property
+    def model_args(self) -> dict[str, Any]:
+        """Arguments of ``timm.create_model`` beside channels and classes."""
+        stride = self.backbone.output_stride
+        return {**({} if stride is None else {"output_stride": stride}), **self.backbone.model_args}
+
+    def preprocessing(self, size_px: int) -> Preprocessing:
+        """How an image becomes this model's input."""
+        return Preprocessing(size_px, self.backbone.in_chans, self.mean, self.std)
+
+
+def start_from(config: FinetuneConfig, encoder: str | None) -> Start:
+    """Open the encoder, or build the configured architecture with weights drawn from the seed.
+
+    Args:
+        config: Its ``backbone``, ``backbone_options`` and ``channels`` must be ``auto`` (empty) or the
+            encoder's.
+        encoder: ``PATH[@sha256:...]``, or None.
+
+    Raises:
+        ConfigError: The settings name another architecture than the encoder's; ``freeze`` from scratch.
+        InputMissingError, IncompatibleError, LockedError: As `shared.artifact.open_artifact`.
+        CorruptError: A file of the encoder is not what was published.
+    """
+    if encoder is None:
+        return _random(config)
+    folder, card = open_artifact(encoder, "encoder")
+    _check_files(folder, card)
+    backbone = load_encoder(folder / _FOLDER)
+    stored = json.loads((folder / _FOLDER / CONFIG).read_bytes())["pretrained_cfg"]
+    start = Start(
+        backbone,
+        tuple(stored["mean"]),
+        tuple(stored["std"]),
+        (Input(role="encoder", kind="encoder", artifact_id=card.artifact_id),),
+        f"encoder {backbone.name} sha256:{card.artifact_id[:16]}: all {len(backbone.model.state_dict())} tensors"
+        " kept, a new classifier on top",
+    )
+    asked: dict[str, tuple[Any, Any]] = {
+        "backbone": (config.backbone, backbone.name),
+        "backbone_options": (config.backbone_options or "auto", start.model_args),
+        "channels": (config.channels, backbone.in_chans),
+    }
+    wrong = [f"{key}: {ask}, the encoder's is {has}" for key, (ask, has) in asked.items() if ask not in ("auto", has)]
+    if wrong:
+        raise ConfigError("; ".join(wrong), hint="leave them at 'auto': the encoder says what it is")
+    return start
+
+
+def _random(config: FinetuneConfig) -> Start:
+    if config.freeze:
+        raise ConfigError("freeze: a frozen encoder with random weights learns nothing", hint="give --encoder")
+    name = FROM_SCRATCH if config.backbone == "auto" else config.backbone
+    channels = 1 if config.channels == "auto" else config.channels
+    args = dict(config.backbone_options)
+    backbone = build(
+        name, in_chans=channels, output_stride=args.pop("output_stride", None), model_args=args, seed=config.seed
+    )
+    return Start(backbone, (_MEAN,) * channels, (_STD,) * channels, (), f"{name} from scratch, seed {config.seed}")
+
+
+def _check_files(folder: Path, card: Card) -> None:
+    listed = {name: sha for name, sha in card.provenance.files.items() if name.startswith(f"{_FOLDER}/")}
+    for name, sha in listed.items():
+        if not (folder / name).is_file() or file_sha256(folder / name) != sha:
+            raise CorruptError(f"{folder}: {name} is not what was published", hint="restore it from a copy")

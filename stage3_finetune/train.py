@@ -1,0 +1,277 @@
+"""`finetune`: encoder + labels -> a model, and its scores on a test part that is touched once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shared.artifact import Artifact, Input, publish
+from shared.config import dump_yaml, validate
+from shared.config import spec as config_spec
+from shared.images import Source, find_sources
+from shared.lease import Lease
+from shared.loop import VERSION as LOOP_VERSION
+from shared.loop import Plan, fit
+from shared.merkle import tensor_digest
+from shared.order import schedule, steps_per_epoch
+from shared.runlog import RunLog
+from shared.workspace import begin, set_aside
+from stage3_finetune.config import AugmentConfig, FinetuneConfig
+from stage3_finetune.data import Batch, Part, digest_images, plain_order
+from stage3_finetune.export import export_model
+from stage3_finetune.labels import Labels, load_labels
+from stage3_finetune.metrics import Scores
+from stage3_finetune.predictions import Predictions, read_predictions, write_predictions
+from stage3_finetune.start import Start, start_from
+from stage3_finetune.tasks import TASKS
+from stage3_finetune.validation import BestOnVal
+
+VERSION = 1
+"""Raised when equal inputs and settings give other results."""
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What the steps of one run share."""
+
+    config: FinetuneConfig
+    labels: Labels
+    sources: Mapping[str, Source]
+    sha256: Mapping[str, str]
+    start: Start
+    task: Any
+    out: Path
+    log: RunLog
+
+    def part(self, split: str, augment: AugmentConfig | None = None) -> Part:
+        return Part(
+            self.labels.part(split),
+            self.labels.classes,
+            sources=self.sources,
+            sha256=self.sha256,
+            size_px=self.config.size_px,
+            channels=self.start.backbone.in_chans,
+            augment=augment,
+            seed=self.config.seed,
+            cache_bytes=self.config.cache_mib << 20,
+        )
+
+    def predict(self, part: Part) -> Predictions:
+        model = self.task.model
+        mode = model.training
+        model.eval()
+        order = plain_order(len(part), self.config.batch_size)
+        rows = [self.task.predict(batch) for batch in part.batches(order, workers=self.config.workers)]
+        model.train(mode)
+        return Predictions(part.examples, self.labels.classes, np.concatenate(rows))
+
+
+def finetune(
+    config: FinetuneConfig,
+    *,
+    images: Path,
+    labels: Path,
+    encoder: str | None,
+    out: Path,
+    fresh: bool = False,
+    command: str = "",
+) -> Artifact:
+    """Fine-tune an encoder, or train its architecture from scratch, and score it once on the test part.
+
+    The published model is the one after the last epoch; nothing is chosen by the test part. Where there is a
+    val part, the weights that were best on it are scored beside.
+
+    Args:
+        config: Settings.
+        images: Folder of images, or a list (`shared.images.find_sources`).
+        labels: CSV with the columns sample_id (or image) and label, optionally group and split.
+        encoder: ``PATH[@sha256:...]`` of an encoder, or None for random weights.
+        out: Folder of the run; an unfinished run of the same specification continues.
+        fresh: Keep an existing folder aside and start anew.
+        command: Command line for provenance, paths replaced.
+
+    Returns:
+        The published model.
+
+    Raises:
+        ConfigError: Settings or labels that do not resolve, groups on two sides of the split.
+        InputMissingError: Images, labels or encoder that do not exist.
+        IncompatibleError: The encoder is another kind of artifact, or unpublished.
+        CorruptError: The encoder, an image or the saved state is not what it was.
+        InterruptedRun: SIGTERM or SIGINT; the state is saved.
+    """
+    task_class = TASKS.load(config.task)
+    options = validate(task_class.Options, config.options)
+    sources = {source.sample_id: source for source in find_sources(images)}
+    table = load_labels(
+        labels,
+        known={name: source.group for name, source in sources.items()},
+        classes=config.classes,
+        val_milli=config.val_milli,
+        test_milli=config.test_milli,
+        seed=config.seed,
+    )
+    start = start_from(config, encoder)
+    config = _resolve(config, start, options.model_dump())
+    sha256, images_sha256 = digest_images(sources, table.examples)
+    spec = {
+        "version": {"finetune": VERSION, "loop": LOOP_VERSION, "task": task_class.version},
+        "config": config_spec(config),
+        "labels": {"rows": len(table.examples), "sha256": table.sha256},
+        "images": {"rows": len(table.examples), "sha256": images_sha256},
+        "numeric": {"device": config.device, "dtype": "float32", "threads": config.threads},
+    }
+    if fresh:
+        set_aside(out)
+    with Lease(out):
+        _, card = begin(out, kind="model", inputs=start.inputs, spec=spec, resolved=dump_yaml(config))
+        if card is not None:
+            return Artifact(out, card)
+        torch.set_num_threads(int(config.threads))
+        with RunLog(out) as log:
+            for line in (table.line(), start.line):
+                log.info(line)
+            if not table.grouped:
+                log.warn("no groups: each sample counts as its own; scores are too high if two show one patient")
+            if unlabelled := len(sources) - len(table.examples):
+                log.info(f"{unlabelled} images have no row in the labels and are left out")
+            model = start.backbone.model.to(config.device)
+            task = task_class(options, model, classes=table.classes, mean=start.mean, std=start.std, seed=config.seed)
+            model.to(config.device)
+            run = _Run(config, table, sources, sha256, start, task, out, log)
+            outputs, metrics = _finish(run, _train(run), start.inputs)
+        card = publish(
+            out, kind="model", inputs=start.inputs, spec=spec, outputs=outputs, command=command, metrics=metrics
+        )
+    return Artifact(out, card)
+
+
+def _resolve(config: FinetuneConfig, start: Start, options: dict[str, Any]) -> FinetuneConfig:
+    """Replace every ``auto``."""
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    threads = config.threads if config.threads != "auto" else _cores()
+    return config.model_copy(
+        update={
+            "options": options,
+            "backbone": start.backbone.name,
+            "backbone_options": start.model_args,
+            "channels": start.backbone.in_chans,
+            "device": device,
+            "threads": threads,
+        }
+    )
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _train(run: _Run) -> BestOnVal | None:
+    """Train to the last epoch, or continue; the test part is not even opened here."""
+    config, model = run.config, run.task.model
+    part = run.part("train", config.augment)
+    ids = [example.sample_id for example in part.examples]
+    per_epoch = steps_per_epoch(len(ids), config.batch_size)
+    best = BestOnVal(model, run.part("val"), run.predict, run.log, per_epoch) if run.labels.part("val") else None
+    plan = Plan(
+        steps=config.epochs * per_epoch,
+        lr=config.lr,
+        warmup_steps=config.warmup_epochs * per_epoch,
+        lr_end=config.min_lr,
+        weight_decay=config.weight_decay,
+        betas=(0.9, 0.999),
+        clip_norm=config.clip_norm,
+        seed=config.seed,
+        checkpoint_s=config.save_every_s,
+    )
+
+    def batches(begun: int) -> Iterator[tuple[Batch, tuple[str, ...]]]:
+        order = schedule(ids, config.batch_size, config.seed, begun)
+        for batch in part.batches(order, workers=config.workers):
+            yield batch, batch.sample_ids
+
+    def step(batch: Batch, index: int) -> dict[str, Tensor]:
+        loss: dict[str, Tensor] = run.task.loss(batch)
+        return loss
+
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not config.freeze or name in run.task.head)
+    model.train(not config.freeze)  # a frozen encoder keeps its batch statistics too
+    fit(
+        model,
+        batches,
+        step,
+        plan,
+        state=run.out / "run" / "state",
+        log=run.log,
+        extra=best,
+        after_step=best.after_step if best else None,
+    )
+    return best
+
+
+def _finish(run: _Run, best: BestOnVal | None, inputs: tuple[Input, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Predict, score and write everything but the card; the one place that opens the test part."""
+    model = run.task.model
+    weights = {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
+    splits = ("val", "test") if best else ("test",)
+    predictions = _predict_once(run, run.out / "predictions.csv", splits)
+    metrics: dict[str, Any] = {"start": "encoder" if inputs else "scratch"}
+    for split in splits:
+        scores = _score(run, predictions.part(split))
+        metrics[split] = scores.as_dict()
+        for line in scores.lines():
+            run.log.info(f"{split}: {line}")
+    outputs: dict[str, Any] = {
+        "weights": tensor_digest({name: value.numpy() for name, value in weights.items()}),
+        "predictions": predictions.sha256,
+        "classes": len(run.labels.classes),
+        "tensors_kept": len(weights) - len(run.task.head) if inputs else 0,
+        "tensors_new": len(run.task.head) if inputs else len(weights),
+        **{split: len(run.labels.part(split)) for split in ("train", *splits)},
+    }
+    if best:
+        model.load_state_dict(best.weights)
+        beside = _predict_once(run, run.out / "predictions_best_on_val.csv", ("test",))
+        model.load_state_dict(weights)
+        outputs["predictions_best_on_val"] = beside.sha256
+        metrics["best_on_val"] = {"epoch": best.epoch, "test": _score(run, beside).as_dict()}
+    export_model(
+        model,
+        run.out / "model",
+        architecture=run.start.backbone.name,
+        model_args=run.start.model_args,
+        classes=run.labels.classes,
+        preprocessing=run.start.preprocessing(run.config.size_px),
+    )
+    return outputs, metrics
+
+
+def _predict_once(run: _Run, path: Path, splits: tuple[str, ...]) -> Predictions:
+    """Predict parts with the model as it is, unless that was done before this run was interrupted."""
+    if path.exists():
+        run.log.info(f"{path.name}: made before, read back")
+        return read_predictions(path, [row for split in splits for row in run.labels.part(split)], run.labels.classes)
+    predictions = Predictions.join([run.predict(run.part(split)) for split in splits])
+    write_predictions(path, predictions)
+    return predictions
+
+
+def _score(run: _Run, predictions: Predictions) -> Scores:
+    scores: Scores = run.task.metrics(
+        predictions.probability,
+        predictions.label,
+        predictions.group,
+        seed=run.config.seed,
+        resamples=run.config.resamples,
+    )
+    return scores
