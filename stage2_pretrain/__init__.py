@@ -1,0 +1,1 @@
+"""Stage 2, pretrain: images and a frozen region store -> encoder."""

@@ -1,0 +1,87 @@
+"""What a policy tells the sampler, and how a name and options become a policy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+from jaxtyping import Bool, Int32, UInt8
+
+from shared.config import Strict, spec, validate
+from shared.errors import IncompatibleError
+from stage2_pretrain.masking import POLICIES
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Strata, weights and counts of a batch; the arguments of `draw_hidden` but for the names.
+
+    Attributes:
+        level: What the policy knows of each patch.
+        stratum_of: Level -> stratum, 0 .. S - 1.
+        weight_of: Level -> weight, 1 .. 2^24.
+        num_hidden: How many patches of each stratum to hide, exactly.
+        clamped: Samples whose budget could not be met as asked, because a stratum is too small.
+    """
+
+    level: UInt8[np.ndarray, "B L"]
+    stratum_of: UInt8[np.ndarray, "256"]
+    weight_of: Int32[np.ndarray, "256"]
+    num_hidden: Int32[np.ndarray, "B S"]
+    clamped: Bool[np.ndarray, "B"]
+
+
+class Policy(Protocol):
+    """Says where and how many. ``version`` rises when the same options give other plans."""
+
+    Options: ClassVar[type[Strict]]
+    version: ClassVar[int]
+    strata: ClassVar[tuple[str, ...]]
+    options: Strict
+
+    def plan(self, coverage: UInt8[np.ndarray, "B L"]) -> Plan:
+        """Plan a batch from the mean coverage of each patch, 0 .. 254. Each sample by itself."""
+        ...
+
+
+def equal_weights() -> Int32[np.ndarray, "256"]:
+    """The weight table of a policy that prefers no patch within a stratum."""
+    return np.ones(256, np.int32)
+
+
+def build_policy(name: str, options: Mapping[str, Any] | None = None) -> Policy:
+    """Build a policy by name.
+
+    Args:
+        name: A name in `POLICIES`.
+        options: Plain data for its ``Options``.
+
+    Raises:
+        ConfigError: Unknown name, or options that do not fit.
+    """
+    part = POLICIES.load(name)
+    policy: Policy = part(validate(part.Options, options or {}))
+    return policy
+
+
+def policy_spec(name: str, policy: Policy) -> dict[str, Any]:
+    """What a card holds of a policy: name, version and every option, defaults included."""
+    return {"name": name, "version": policy.version, "options": spec(policy.options)}
+
+
+def policy_of_card(section: Mapping[str, Any]) -> Policy:
+    """Build the policy that a card names.
+
+    Raises:
+        IncompatibleError: The card's policy has another version than this release's.
+        ConfigError: As `build_policy`.
+    """
+    policy = build_policy(section["name"], section["options"])
+    if section["version"] != policy.version:
+        raise IncompatibleError(
+            f"policy {section['name']}: version {section['version']}, this release has {policy.version}",
+            hint="use the release that wrote the artifact",
+        )
+    return policy

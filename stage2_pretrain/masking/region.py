@@ -1,0 +1,88 @@
+"""Hide one share of the region and another of the rest."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from jaxtyping import UInt8
+from pydantic import Field, model_validator
+
+from shared.config import Strict
+from stage2_pretrain.masking.budget import matched, per_sample
+from stage2_pretrain.masking.coverage import COVERAGE_MAX
+from stage2_pretrain.masking.plan import Plan, equal_weights
+
+
+class RegionOptions(Strict):
+    """How much to hide inside and outside of the region."""
+
+    budget: Literal["matched", "per-sample"] = Field(
+        "matched",
+        description="matched: every sample hides the same number of patches ('overall'). "
+        "per-sample: 'hide_inside' and 'hide_outside', so that the number follows the region's size. "
+        "Compare arms at matched budgets only.",
+    )
+    hide_inside: int = Field(
+        800, ge=0, le=1000, description="Share of the patches inside the region to hide, in thousandths."
+    )
+    hide_outside: int | None = Field(
+        None, ge=0, le=1000, description="Share of the patches outside to hide, in thousandths; per-sample only."
+    )
+    overall: int | None = Field(
+        None,
+        ge=1,
+        le=999,
+        description="Share of all patches to hide, in thousandths; matched only, where it is 600 if not given.",
+    )
+    inside: int = Field(
+        500,
+        ge=1,
+        le=1000,
+        description="Mean coverage from which a patch is inside the region, in thousandths of full coverage.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _published_overall(cls, data: Any) -> Any:
+        # Filled in here, so that what ran is what resolved.yaml says; SparK hides 600 of everything.
+        if isinstance(data, dict) and data.get("budget", "matched") == "matched" and data.get("overall") is None:
+            return {**data, "overall": 600}
+        return data
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> RegionOptions:
+        if self.budget == "matched" and self.hide_outside is not None:
+            raise ValueError("hide_outside belongs to budget 'per-sample'; 'matched' takes 'overall'")
+        if self.budget == "per-sample" and self.overall is not None:
+            raise ValueError("overall belongs to budget 'matched'; 'per-sample' takes 'hide_outside'")
+        if self.budget == "per-sample" and self.hide_outside is None:
+            raise ValueError("hide_outside is required with budget 'per-sample'")
+        return self
+
+
+class Region:
+    """Two strata, inside and outside, equal weights in each.
+
+    Source: Mask What Matters (arXiv 2509.23054), by area coverage where it takes one pixel of a patch.
+    """
+
+    Options: ClassVar[type[Strict]] = RegionOptions
+    version: ClassVar[int] = 1
+    strata: ClassVar[tuple[str, ...]] = ("inside", "outside")
+
+    def __init__(self, options: RegionOptions) -> None:
+        self.options = options
+
+    def plan(self, coverage: UInt8[np.ndarray, "B L"]) -> Plan:
+        """Plan a batch: a patch is inside where its coverage reaches the threshold."""
+        patches = coverage.shape[1]
+        threshold = (COVERAGE_MAX * self.options.inside + 999) // 1000
+        stratum_of = (np.arange(256) < threshold).astype(np.uint8)
+        inside = (stratum_of[coverage] == 0).sum(1)
+        clamped = np.zeros(len(coverage), np.bool_)
+        if self.options.overall is not None:
+            hidden, clamped = matched(inside, patches, self.options.overall, self.options.hide_inside)
+        else:
+            hidden = per_sample(inside, patches, self.options.hide_inside, self.options.hide_outside or 0)
+        return Plan(coverage, stratum_of, equal_weights(), hidden, clamped)

@@ -1,0 +1,39 @@
+"""Hide a share of the patches, wherever they are."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+from jaxtyping import UInt8
+from pydantic import Field
+
+from shared.config import Strict
+from stage2_pretrain.masking.budget import count
+from stage2_pretrain.masking.plan import Plan, equal_weights
+
+
+class UniformOptions(Strict):
+    """How much to hide."""
+
+    hide: int = Field(600, ge=1, le=999, description="Share of all patches to hide, in thousandths.")
+
+
+class Uniform:
+    """One stratum, equal weights. Coverage plays no part.
+
+    Source: MAE (He et al., 2022; 750) and SparK (Tian et al., 2023; 600).
+    """
+
+    Options: ClassVar[type[Strict]] = UniformOptions
+    version: ClassVar[int] = 1
+    strata: ClassVar[tuple[str, ...]] = ("all",)
+
+    def __init__(self, options: UniformOptions) -> None:
+        self.options = options
+
+    def plan(self, coverage: UInt8[np.ndarray, "B L"]) -> Plan:
+        """Plan a batch: every sample alike."""
+        batch, patches = coverage.shape
+        hidden = count(np.full((batch, 1), patches), self.options.hide)
+        return Plan(coverage, np.zeros(256, np.uint8), equal_weights(), hidden, np.zeros(batch, np.bool_))
