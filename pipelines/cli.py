@@ -12,10 +12,10 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import Annotated, Any, TextIO, get_args
 
 import typer
 from typer.core import TyperCommand
@@ -33,24 +33,31 @@ def _settings_help(config: str) -> type[TyperCommand]:
             module, _, name = config.partition(":")
             rows = list(_describe(getattr(import_module(module), name)))
             width = max(len(key) for key, _ in rows)
-            lines = "\n".join(f"  {key:<{width}}  {text}" for key, text in rows)
-            typer.echo(f"\n Settings for a recipe or --set:\n\n{lines}\n")
+            formatter.write("\nSettings for a recipe or --set:\n")
+            for key, text in rows:
+                formatter.write(f"  {key:<{width}}  {text}\n")
 
     return WithSettings
 
 
-def _describe(model: Any, prefix: str = "") -> Any:
+def _describe(model: Any, prefix: str = "", given: Any = None) -> Iterator[tuple[str, str]]:
+    """Key, description and default of every setting; ``given`` is an instance that stands as default."""
     for name, field in model.model_fields.items():
-        default = "" if field.is_required() else f" [{_short(field.default)}]"
-        annotation = field.annotation
-        if isinstance(annotation, type) and hasattr(annotation, "model_fields"):
-            yield from _describe(annotation, f"{prefix}{name}.")
+        default = getattr(given, name) if given is not None else field.get_default(call_default_factory=True)
+        nested = next((part for part in (field.annotation, *get_args(field.annotation)) if _is_config(part)), None)
+        if nested is not None:
+            yield from _describe(nested, f"{prefix}{name}.", default if _is_config(type(default)) else None)
         else:
-            yield f"{prefix}{name}", f"{field.description or ''}{default}"
+            shown = "required" if field.is_required() and given is None else _short(default)
+            yield f"{prefix}{name}", f"{field.description or ''} [{shown}]"
+
+
+def _is_config(part: Any) -> bool:
+    return isinstance(part, type) and hasattr(part, "model_fields")
 
 
 def _short(value: Any) -> str:
-    text = str(value.value if hasattr(value, "value") else value)
+    text = str(value)
     return text if len(text) <= 32 else text[:29] + "..."
 
 
@@ -79,7 +86,7 @@ Quiet = Annotated[bool, typer.Option("-q", help="Talk less: warnings and errors 
 def localize(
     images: Images,
     out: Out,
-    recipe: Recipe = "brain",
+    recipe: Recipe = "default",
     scheduler: Annotated[str | None, typer.Option(help="Dask scheduler address or file; default: local.")] = None,
     set_: Set = None,
     dry_run: DryRun = False,
@@ -108,7 +115,7 @@ def pretrain(
     images: Images,
     regions: Annotated[str, typer.Option(help="Region store, PATH or PATH@sha256:... to pin it.")],
     out: Out,
-    recipe: Recipe = "brain",
+    recipe: Recipe = "default",
     set_: Set = None,
     dry_run: DryRun = False,
     fresh: Fresh = False,
@@ -138,7 +145,7 @@ def finetune(
     labels: Annotated[Path, typer.Option(help="CSV: sample_id, label, and optionally group and split.")],
     out: Out,
     encoder: Annotated[str | None, typer.Option(help="Encoder, PATH or PATH@sha256:...; none: from scratch.")] = None,
-    recipe: Recipe = "brain",
+    recipe: Recipe = "default",
     set_: Set = None,
     dry_run: DryRun = False,
     fresh: Fresh = False,

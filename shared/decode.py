@@ -16,6 +16,9 @@ import numpy as np
 
 from shared.errors import DecodeError
 
+VERSION = 1
+"""Raised when the pixels that a file decodes to change; part of what is made from them."""
+
 PIXELS_MAX = 64_000_000
 """Largest image, in pixels, that is decoded; larger ones are quarantined as ``too_large``."""
 _VOXELS_MAX = 1 << 29
