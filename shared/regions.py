@@ -1,0 +1,206 @@
+"""The region store as its readers see it: maps and boxes by row, and whether all of it is what was published.
+
+Imports no zarr: maps are read straight from their shards, which zarr reads just as well.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int32, Int64, UInt8, UInt16
+
+from shared.artifact import Card, file_sha256, open_artifact
+from shared.errors import CorruptError, IncompatibleError, UsageError
+from shared.region_arrays import ShardedArray, read_detections
+from shared.region_layout import (
+    ABSENT,
+    ARRAYS,
+    LINE_BYTES_MAX,
+    SAMPLES,
+    SampleRow,
+    decode_boxes,
+    decode_probability,
+    encode_boxes,
+    encode_probability,
+    encode_scores,
+)
+
+__all__ = [
+    "ABSENT",
+    "RegionStore",
+    "SampleRow",
+    "decode_boxes",
+    "decode_probability",
+    "encode_boxes",
+    "encode_probability",
+    "encode_scores",
+    "open_region_store",
+]
+
+_RESTORE = "restore the store from a copy, or make it again"
+
+
+class RegionStore:
+    """A published region store, open for reading; pickles as its path and id and opens anew where it arrives.
+
+    Args:
+        path: The artifact's folder.
+        card: Its card.
+
+    Attributes:
+        path: The artifact's folder.
+        card: Its card.
+        regions: The K region names, in map order.
+        grid: Size of a map in map pixels, (H, W) or (D, H, W).
+        samples: One `SampleRow` a row.
+
+    Raises:
+        CorruptError: The list of samples is not what was published.
+    """
+
+    def __init__(self, path: Path, card: Card) -> None:
+        outputs = card.identity.outputs
+        self.path = path
+        self.card = card
+        self.regions: tuple[str, ...] = tuple(region["name"] for region in outputs["regions"])
+        self.grid: tuple[int, ...] = tuple(outputs["grid"])
+        self.samples = read_samples(path / SAMPLES, int(outputs["samples"]), outputs["samples_sha256"])
+        self._rows = {sample.sample_id: sample.row for sample in self.samples}
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open_region_store, (f"{self.path.resolve()}@sha256:{self.card.artifact_id}",)
+
+    @property
+    def sample_ids(self) -> list[str]:
+        """Ids in row order."""
+        return [sample.sample_id for sample in self.samples]
+
+    def row(self, sample_id: str) -> int:
+        """Row of a sample.
+
+        Raises:
+            UsageError: The store has no such sample.
+        """
+        try:
+            return self._rows[sample_id]
+        except KeyError:
+            raise UsageError(f"sample {sample_id!r}: not in region store {self.path.name}") from None
+
+    def maps(self, rows: Sequence[int]) -> UInt8[np.ndarray, "n K *grid"]:
+        """Region maps of some rows, 0..254; `ABSENT` throughout for quarantined ones.
+
+        Args:
+            rows: In 0..N-1, any order, repeats allowed.
+
+        Raises:
+            UsageError: No such row.
+            CorruptError: A row's bytes are not what was written; names row and sample.
+        """
+        return self._read(self._maps, rows)
+
+    def maps_quarter(self, rows: Sequence[int]) -> UInt8[np.ndarray, "n K *cells"]:
+        """As `maps`, averaged over cells of four map pixels a side."""
+        return self._read(self._quarter, rows)
+
+    def boxes(self, row: int) -> tuple[Int32[np.ndarray, "m 4"], UInt16[np.ndarray, "m"], UInt16[np.ndarray, "m"]]:
+        """Detections of a row: boxes in 1/16 px of the original image, scores 0..65535, region of each.
+
+        The first call reads the detections of the whole store, 16 bytes each.
+
+        Raises:
+            UsageError: No such row.
+            CorruptError: The detections are not what was written.
+        """
+        self._check_rows([row])
+        boxes, scores, regions, offsets = self._detections
+        part = slice(int(offsets[row]), int(offsets[row + 1]))
+        return boxes[part], scores[part], regions[part]
+
+    def _read(self, array: ShardedArray, rows: Sequence[int]) -> UInt8[np.ndarray, "n K *grid"]:
+        rows = self._check_rows(rows)
+        out = np.empty((len(rows), *array.shape[1:]), np.uint8)
+        damaged = array.read(rows, out)
+        for row, damage in sorted(damaged.items()):
+            where = f"{ARRAYS}/{array.folder.name}/{array.shard_of(row).name}"
+            raise CorruptError(f"row {row} ({self.samples[row].sample_id}) in {where}: {damage}", hint=_RESTORE)
+        return out
+
+    def _check_rows(self, rows: Sequence[int]) -> list[int]:
+        checked = [int(row) for row in rows]
+        wrong = [row for row in checked if not 0 <= row < len(self.samples)]
+        if wrong:
+            raise UsageError(f"row {wrong[0]}: region store {self.path.name} has rows 0 to {len(self.samples) - 1}")
+        return checked
+
+    @cached_property
+    def _maps(self) -> ShardedArray:
+        return self._open("maps", self.grid)
+
+    @cached_property
+    def _quarter(self) -> ShardedArray:
+        return self._open("maps_quarter", tuple(size // 4 for size in self.grid))
+
+    def _open(self, name: str, grid: tuple[int, ...]) -> ShardedArray:
+        array = ShardedArray(self.path / ARRAYS / name)
+        wanted = (len(self.samples), len(self.regions), *grid)
+        listed = self.card.provenance.files.get(f"{ARRAYS}/{name}/zarr.json")
+        if array.shape != wanted or file_sha256(array.folder / "zarr.json") != listed:
+            raise CorruptError(f"{ARRAYS}/{name}/zarr.json: changed since it was published", hint=_RESTORE)
+        return array
+
+    @cached_property
+    def _detections(
+        self,
+    ) -> tuple[Int32[np.ndarray, "M 4"], UInt16[np.ndarray, "M"], UInt16[np.ndarray, "M"], Int64[np.ndarray, "N1"]]:
+        found = read_detections(self.path / ARRAYS)
+        if len(found[3]) != len(self.samples) + 1:
+            raise CorruptError(f"{ARRAYS}/box_offsets: {len(found[3])} offsets for {len(self.samples)} rows")
+        return found
+
+
+def open_region_store(reference: str | Path) -> RegionStore:
+    """Open a published store given as ``PATH[@sha256:...]``.
+
+    Raises:
+        IncompatibleError: Unpublished, another kind or version, not the pinned id, or a zip file.
+        InputMissingError, LockedError, CorruptError: As `shared.artifact.read_card`; also a damaged list of samples.
+    """
+    path = Path(str(reference).partition("@sha256:")[0])
+    if path.is_file():
+        raise IncompatibleError(f"{path}: a file; a region store is a folder, and zip stores are refused")
+    return RegionStore(*open_artifact(reference, "region-store"))
+
+
+def read_samples(path: Path, count: int, sha256: str) -> list[SampleRow]:
+    """Lines of ``samples.jsonl``, checked against the card.
+
+    Raises:
+        CorruptError: Missing, or not what was published; names the line where that is known.
+    """
+    samples: list[SampleRow] = []
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while line := file.readline(LINE_BYTES_MAX + 1):
+                digest.update(line)
+                if len(samples) == count:
+                    raise ValueError(f"expected {count} lines only")
+                samples.append(SampleRow.from_line(line))
+    except FileNotFoundError:
+        raise CorruptError(f"{path.name}: missing", hint=_RESTORE) from None
+    except (ValueError, TypeError) as error:
+        raise CorruptError(f"{path.name} line {len(samples) + 1}: {error}", hint=_RESTORE) from None
+    if digest.hexdigest() != sha256 or len(samples) != count:
+        raise CorruptError(f"{path.name}: changed since it was published", hint=_RESTORE)
+    ids = [sample.sample_id for sample in samples]
+    if [sample.row for sample in samples] != list(range(count)) or ids != sorted(set(ids)):
+        raise CorruptError(f"{path.name}: line i is not row i, or ids are not ascending", hint=_RESTORE)
+    return samples
