@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32, Int64, UInt16
 
+from shared.artifact import file_sha256
 from shared.errors import CorruptError, IncompatibleError
-from shared.region_layout import ABSENT, Layout
+from shared.region_layout import ABSENT, ARRAYS, RESTORE, Layout
 from shared.region_shards import ShardDamage, check_tiling, decode_chunk, read_chunks, read_index
 
 DETECTIONS = ("boxes", "scores", "box_regions", "box_offsets")
@@ -102,15 +103,12 @@ def read_detections(
             arrays.append(np.asarray(array[:]))
         except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
             # What zarr raises on damage depends on which byte was hit; the array's name is what helps.
-            raise CorruptError(f"{root.name}/{name}: {str(error).splitlines()[0][:120]}", hint=_RESTORE) from None
+            raise CorruptError(f"{root.name}/{name}: {str(error).splitlines()[0][:120]}", hint=RESTORE) from None
     boxes, scores, box_regions, box_offsets = arrays
     ends = (len(boxes), len(scores), len(box_regions), int(box_offsets[-1]) if len(box_offsets) else -1)
     if len(set(ends)) != 1 or bool((np.diff(box_offsets, prepend=0) < 0).any()):
-        raise CorruptError(f"{root.name}: boxes, scores, box_regions and box_offsets do not fit", hint=_RESTORE)
+        raise CorruptError(f"{root.name}: boxes, scores, box_regions and box_offsets do not fit", hint=RESTORE)
     return boxes, scores, box_regions, box_offsets
-
-
-_RESTORE = "restore the store from a copy, or make it again"
 
 
 class ShardedArray:
@@ -145,7 +143,7 @@ class ShardedArray:
                 and meta["chunk_key_encoding"]["configuration"]["separator"] == "."
             )
         except (KeyError, IndexError, TypeError, ValueError):
-            raise CorruptError(f"{folder.name}/zarr.json: not an array of maps", hint=_RESTORE) from None
+            raise CorruptError(f"{folder.name}/zarr.json: not an array of maps", hint=RESTORE) from None
         if not known or self.rows_per_shard < 1:
             raise IncompatibleError(f"{folder.name}/zarr.json: stored in a way this release does not read")
         self._compressed = "blosc" in names
@@ -222,7 +220,7 @@ def expected_files(array: Path) -> list[Path]:
         parts = -(-int(shape[0]) // int(chunk[0]))
         axes = len(shape) - 1
     except (KeyError, IndexError, TypeError, ValueError, ZeroDivisionError):
-        raise CorruptError(f"{array.name}/zarr.json: not an array of a region store", hint=_RESTORE) from None
+        raise CorruptError(f"{array.name}/zarr.json: not an array of a region store", hint=RESTORE) from None
     return [array / "zarr.json", *(shard_path(array, part, axes) for part in range(parts))]
 
 
@@ -240,5 +238,21 @@ def read_metadata(array: Path) -> dict[str, Any]:
         if not isinstance(meta, dict):
             raise ValueError("not an object")
     except (OSError, ValueError, RecursionError):
-        raise CorruptError(f"{array.name}/zarr.json: missing or not metadata of an array", hint=_RESTORE) from None
+        raise CorruptError(f"{array.name}/zarr.json: missing or not metadata of an array", hint=RESTORE) from None
     return meta
+
+
+def check_metadata(store: Path, name: str, files: Mapping[str, str]) -> None:
+    """Compare an array's ``zarr.json`` with the card before anything trusts its sizes.
+
+    Args:
+        store: The artifact's folder.
+        name: The array.
+        files: ``provenance.files`` of the card.
+
+    Raises:
+        CorruptError: Missing, or not what was published.
+    """
+    listed = f"{ARRAYS}/{name}/zarr.json"
+    if not (store / listed).is_file() or file_sha256(store / listed) != files.get(listed):
+        raise CorruptError(f"{listed}: missing, or changed since it was published", hint=RESTORE)

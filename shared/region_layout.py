@@ -7,13 +7,14 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import rfc8785
 from jaxtyping import Float, Float32, Int32, UInt8, UInt16
 
-from shared.errors import UsageError
+from shared.errors import CorruptError, UsageError
 
 ARRAYS = "regions.zarr"
 SAMPLES = "samples.jsonl"
@@ -24,6 +25,7 @@ ABSENT = 255
 QUARTER = 4
 """Side, in map pixels, of the cells that the quarter level averages."""
 
+RESTORE = "restore the store from a copy, or make it again"
 LINE_BYTES_MAX = 64 << 10
 SHARD_BYTES_MAX = 256 << 20
 SHARD_ROWS_MAX = 1024
@@ -237,3 +239,30 @@ def quarter(maps: UInt8[np.ndarray, "K *grid"]) -> UInt8[np.ndarray, "K *cells"]
     split = maps.reshape(maps.shape[0], *(part for size in maps.shape[1:] for part in (size // QUARTER, QUARTER)))
     total = split.sum(axis=tuple(range(2, split.ndim, 2)), dtype=np.uint32)
     return ((total + cells // 2) // cells).astype(np.uint8)
+
+
+def read_samples(path: Path, count: int, sha256: str) -> list[SampleRow]:
+    """Lines of ``samples.jsonl``, checked against the card.
+
+    Raises:
+        CorruptError: Missing, or not what was published; names the line where that is known.
+    """
+    samples: list[SampleRow] = []
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while line := file.readline(LINE_BYTES_MAX + 1):
+                digest.update(line)
+                if len(samples) == count:
+                    raise ValueError(f"expected {count} lines only")
+                samples.append(SampleRow.from_line(line))
+    except FileNotFoundError:
+        raise CorruptError(f"{path.name}: missing", hint=RESTORE) from None
+    except (ValueError, TypeError) as error:
+        raise CorruptError(f"{path.name} line {len(samples) + 1}: {error}", hint=RESTORE) from None
+    if digest.hexdigest() != sha256 or len(samples) != count:
+        raise CorruptError(f"{path.name}: changed since it was published", hint=RESTORE)
+    ids = [sample.sample_id for sample in samples]
+    if [sample.row for sample in samples] != list(range(count)) or ids != sorted(set(ids)):
+        raise CorruptError(f"{path.name}: line i is not row i, or ids are not ascending", hint=RESTORE)
+    return samples

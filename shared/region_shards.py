@@ -26,6 +26,10 @@ class ShardDamage(ValueError):
     """Bytes of a shard that are not what was written; says what, and the caller knows which row."""
 
 
+class IndexDamage(ShardDamage):
+    """The shard is missing or its index is damaged: none of its rows can be read."""
+
+
 def encode_chunk(row: np.ndarray[Any, Any], *, compressed: bool) -> bytes:
     """A row as a chunk: its bytes, blosc-lz4 without shuffle if ``compressed``, then crc32c."""
     data = np.ascontiguousarray(row).tobytes()
@@ -83,20 +87,20 @@ def read_index(path: Path, rows_per_shard: int) -> np.ndarray[Any, Any]:
     """Offsets and lengths, uint64 [rows_per_shard, 2]; rows without a chunk hold the largest uint64.
 
     Raises:
-        ShardDamage: Missing, short, or its checksum differs.
+        IndexDamage: Missing, short, or its checksum differs.
     """
     size = rows_per_shard * 16 + _CRC.size
     try:
         with path.open("rb") as file:
             file.seek(0, os.SEEK_END)
             if file.tell() < size:
-                raise ShardDamage("shard is shorter than its index")
+                raise IndexDamage("shard is shorter than its index")
             file.seek(-size, os.SEEK_END)
             data = file.read(size)
     except FileNotFoundError:
-        raise ShardDamage("missing") from None
+        raise IndexDamage("missing") from None
     if crc32c(data[: -_CRC.size]) != data[-_CRC.size :]:
-        raise ShardDamage("checksum of the shard's index differs")
+        raise IndexDamage("checksum of the shard's index differs")
     return np.frombuffer(data, "<u8", rows_per_shard * 2).reshape(rows_per_shard, 2)
 
 

@@ -41,8 +41,20 @@ from shared.region_journal import (
     read_done,
 )
 from shared.region_layout import ARRAYS, QUARANTINE, SAMPLES, Layout, plan_rows_per_shard, sample_ids_sha256
-from shared.region_record import Entry, frame
+from shared.region_record import Entry, Sample, frame
 from shared.region_shards import write_shard
+
+__all__ = [
+    "Sample",
+    "ShardDone",
+    "ShardJournal",
+    "assemble_shard",
+    "create_store",
+    "drop_journal",
+    "finalise",
+    "open_layout",
+    "pending_shards",
+]
 
 FINISHED = "run/regions.json"
 """Layout and outputs: the last thing `finalise` writes, and what stands between journal and card."""

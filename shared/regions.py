@@ -5,7 +5,6 @@ Imports no zarr: maps are read straight from their shards, which zarr reads just
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -14,13 +13,14 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32, Int64, UInt8, UInt16
 
-from shared.artifact import Card, file_sha256, open_artifact
+from shared.artifact import Card, open_artifact
 from shared.errors import CorruptError, IncompatibleError, UsageError
-from shared.region_arrays import ShardedArray, read_detections
+from shared.region_arrays import DETECTIONS, ShardedArray, check_metadata, read_detections
 from shared.region_layout import (
     ABSENT,
     ARRAYS,
-    LINE_BYTES_MAX,
+    QUARTER,
+    RESTORE,
     SAMPLES,
     SampleRow,
     decode_boxes,
@@ -28,7 +28,9 @@ from shared.region_layout import (
     encode_boxes,
     encode_probability,
     encode_scores,
+    read_samples,
 )
+from shared.region_verify import verify_store
 
 __all__ = [
     "ABSENT",
@@ -40,9 +42,8 @@ __all__ = [
     "encode_probability",
     "encode_scores",
     "open_region_store",
+    "verify_store",
 ]
-
-_RESTORE = "restore the store from a copy, or make it again"
 
 
 class RegionStore:
@@ -130,7 +131,7 @@ class RegionStore:
         damaged = array.read(rows, out)
         for row, damage in sorted(damaged.items()):
             where = f"{ARRAYS}/{array.folder.name}/{array.shard_of(row).name}"
-            raise CorruptError(f"row {row} ({self.samples[row].sample_id}) in {where}: {damage}", hint=_RESTORE)
+            raise CorruptError(f"row {row} ({self.samples[row].sample_id}) in {where}: {damage}", hint=RESTORE)
         return out
 
     def _check_rows(self, rows: Sequence[int]) -> list[int]:
@@ -146,20 +147,22 @@ class RegionStore:
 
     @cached_property
     def _quarter(self) -> ShardedArray:
-        return self._open("maps_quarter", tuple(size // 4 for size in self.grid))
+        return self._open("maps_quarter", tuple(size // QUARTER for size in self.grid))
 
     def _open(self, name: str, grid: tuple[int, ...]) -> ShardedArray:
+        check_metadata(self.path, name, self.card.provenance.files)
         array = ShardedArray(self.path / ARRAYS / name)
         wanted = (len(self.samples), len(self.regions), *grid)
-        listed = self.card.provenance.files.get(f"{ARRAYS}/{name}/zarr.json")
-        if array.shape != wanted or file_sha256(array.folder / "zarr.json") != listed:
-            raise CorruptError(f"{ARRAYS}/{name}/zarr.json: changed since it was published", hint=_RESTORE)
+        if array.shape != wanted:
+            raise CorruptError(f"{ARRAYS}/{name}: shape {array.shape}, its card says {wanted}", hint=RESTORE)
         return array
 
     @cached_property
     def _detections(
         self,
     ) -> tuple[Int32[np.ndarray, "M 4"], UInt16[np.ndarray, "M"], UInt16[np.ndarray, "M"], Int64[np.ndarray, "N1"]]:
+        for name in DETECTIONS:
+            check_metadata(self.path, name, self.card.provenance.files)
         found = read_detections(self.path / ARRAYS)
         if len(found[3]) != len(self.samples) + 1:
             raise CorruptError(f"{ARRAYS}/box_offsets: {len(found[3])} offsets for {len(self.samples)} rows")
@@ -177,30 +180,3 @@ def open_region_store(reference: str | Path) -> RegionStore:
     if path.is_file():
         raise IncompatibleError(f"{path}: a file; a region store is a folder, and zip stores are refused")
     return RegionStore(*open_artifact(reference, "region-store"))
-
-
-def read_samples(path: Path, count: int, sha256: str) -> list[SampleRow]:
-    """Lines of ``samples.jsonl``, checked against the card.
-
-    Raises:
-        CorruptError: Missing, or not what was published; names the line where that is known.
-    """
-    samples: list[SampleRow] = []
-    digest = hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            while line := file.readline(LINE_BYTES_MAX + 1):
-                digest.update(line)
-                if len(samples) == count:
-                    raise ValueError(f"expected {count} lines only")
-                samples.append(SampleRow.from_line(line))
-    except FileNotFoundError:
-        raise CorruptError(f"{path.name}: missing", hint=_RESTORE) from None
-    except (ValueError, TypeError) as error:
-        raise CorruptError(f"{path.name} line {len(samples) + 1}: {error}", hint=_RESTORE) from None
-    if digest.hexdigest() != sha256 or len(samples) != count:
-        raise CorruptError(f"{path.name}: changed since it was published", hint=_RESTORE)
-    ids = [sample.sample_id for sample in samples]
-    if [sample.row for sample in samples] != list(range(count)) or ids != sorted(set(ids)):
-        raise CorruptError(f"{path.name}: line i is not row i, or ids are not ascending", hint=_RESTORE)
-    return samples
