@@ -15,11 +15,10 @@ from pydantic import Field, NonNegativeInt
 
 from shared.config import Strict
 from shared.errors import ConfigError, CorruptError
+from shared.region_layout import ABSENT
 
 COVERAGE_MAX = 254
 """Probability 1 in a region map, and full coverage of a patch."""
-ABSENT = 255
-"""Map value of a sample that was never localised."""
 
 
 class CoverageOptions(Strict):

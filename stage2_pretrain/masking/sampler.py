@@ -98,7 +98,16 @@ class MaskSampler:
         view: int = 0,
     ) -> Drawn:
         """Draw from arrays; `draw` is this for a loader's batch."""
-        coverage = combine(pool(maps, windows, self.grid), self._weights)
+        return self.draw_covered(self.cover(maps, windows), sample_keys, epoch, view)
+
+    def cover(self, maps: UInt8[np.ndarray, "B K H W"], windows: Int32[np.ndarray, "B 8"]) -> UInt8[np.ndarray, "B L"]:
+        """Coverage of each patch by the regions together, 0 .. 254; the same for every view."""
+        return combine(pool(maps, windows, self.grid), self._weights)
+
+    def draw_covered(
+        self, coverage: UInt8[np.ndarray, "B L"], sample_keys: UInt64[np.ndarray, "B"], epoch: int, view: int = 0
+    ) -> Drawn:
+        """Draw where the coverage is known."""
         plan = self.policy.plan(coverage)
         hidden = self._draw_hidden(
             plan.level,

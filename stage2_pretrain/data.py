@@ -1,0 +1,207 @@
+"""Images with their region maps: what a pretraining step is made from.
+
+An item is a function of (seed, sample id, epoch): the window is drawn by names, resizing is fixed float32
+arithmetic, and neither the order of access nor the number of loading processes matters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float32, Int32, UInt8
+from torch import Tensor
+from torch.nn.functional import interpolate
+from torch.utils.data import Dataset, default_collate
+
+from shared.errors import CorruptError, DecodeError, InputMissingError
+from shared.images import Source, find_sources, read_image
+from shared.rng import sample_keys
+from stage2_pretrain.masking.coverage import orient
+from stage2_pretrain.samples import image_sizes_px, usable_samples
+from stage2_pretrain.window import WindowOptions, draw_windows
+
+if TYPE_CHECKING:
+    from shared.regions import RegionStore
+
+MEMORY_BYTES = 1 << 30
+_GREY = (0.299, 0.587, 0.114)
+"""Weights of red, green and blue in grey (ITU-R BT.601)."""
+
+
+class SourceChangedError(CorruptError):
+    """An image file is not the one that its region map was made from (exit 4)."""
+
+    kind = "source-changed"
+
+
+class RegionDataset(Dataset[dict[str, Any]]):
+    """The samples of a region store that have maps, in the store's order.
+
+    Args:
+        store: A `shared.regions.RegionStore`.
+        images: Folder or list that the store was made from.
+        size_px: Side of the square that a window is resized to; like the maps, it does not keep the aspect.
+        channels: 1: colour is reduced to grey. 3: grey is repeated.
+        window: How to crop, flip and turn.
+        seed: Of the run.
+        memory_bytes: Decoded images and maps are kept up to this size in all; 8-bit images stay 8-bit. Past it
+            they are read again. Never changes what an item is.
+
+    Attributes:
+        sample_ids: Ids of the items.
+        rows: Their rows in the store.
+        sample_keys: Their keys.
+        sizes_px: Height and width of each image.
+        absent: Samples of the store without maps (quarantined by stage 1), which are left out.
+        extra: Images that the store does not know, which are left out.
+
+    Raises:
+        InputMissingError: The images lack a sample of the store.
+        UsageError: No sample has maps, two have equal keys, or the store is not of 2D images.
+    """
+
+    def __init__(
+        self,
+        store: RegionStore,
+        images: Path,
+        *,
+        size_px: int,
+        channels: Literal[1, 3],
+        window: WindowOptions,
+        seed: int,
+        memory_bytes: int = MEMORY_BYTES,
+    ) -> None:
+        used = usable_samples(store)
+        found = {source.sample_id: source for source in find_sources(images)}
+        missing = [sample.sample_id for sample in used if sample.sample_id not in found]
+        if missing:
+            raise InputMissingError(
+                f"images {images}: {len(missing)} of {len(used)} samples of the region store are not there, "
+                f"first {missing[0]!r}",
+                hint="give the images that the store was made from",
+            )
+        self.store = store
+        self.size_px = size_px
+        self.channels = channels
+        self.window = window
+        self.seed = seed
+        self.sample_ids = tuple(sample.sample_id for sample in used)
+        self.rows = tuple(sample.row for sample in used)
+        self.sample_keys = sample_keys(self.sample_ids)
+        self.sizes_px = image_sizes_px(used)
+        self.absent = len(store.samples) - len(used)
+        self.extra = len(set(found) - {sample.sample_id for sample in store.samples})
+        self._sources: list[Source] = [found[name] for name in self.sample_ids]
+        self._sha256 = [sample.source_sha256 for sample in used]
+        # Shared memory: loading processes that outlive an epoch must see the next one's number.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._free_bytes = memory_bytes
+        self._images: dict[int, UInt8[np.ndarray, "C H W"] | Float32[np.ndarray, "C H W"]] = {}
+        self._maps: dict[int, UInt8[np.ndarray, "K h w"]] = {}
+
+    def __len__(self) -> int:
+        return len(self.sample_ids)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Make the next items those of an epoch, 0 .. 2^24 - 1; also in loading processes."""
+        self._epoch.fill_(epoch)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """One sample as it is seen in the epoch set.
+
+        Returns:
+            ``image`` float32 [C, S, S] in [0, 1]; ``maps`` uint8 [K, h, w], of the whole image; ``window`` int32 [8];
+            ``sample_key`` int64, the bits of the unsigned key; ``row`` in the store; ``index``.
+
+        Raises:
+            SourceChangedError: The image file is not the one that the store knows.
+        """
+        key = self.sample_keys[index : index + 1]
+        size = self.sizes_px[index : index + 1]
+        window = draw_windows(size, key, seed=self.seed, epoch=int(self._epoch), options=self.window)[0]
+        return {
+            "image": view_image(self._pixels(index), window, self.size_px, self.channels),
+            "maps": torch.from_numpy(self._region_maps(index)),
+            "window": torch.from_numpy(window),
+            "sample_key": int(key.view(np.int64)[0]),
+            "row": self.rows[index],
+            "index": index,
+        }
+
+    def batch(self, indices: Sequence[int], epoch: int) -> dict[str, Any]:
+        """The samples of a batch as they are seen in an epoch, collated; what a loader makes, in this process."""
+        self.set_epoch(epoch)
+        collated: dict[str, Any] = default_collate([self[index] for index in indices])
+        return collated
+
+    def _pixels(self, index: int) -> UInt8[np.ndarray, "C H W"] | Float32[np.ndarray, "C H W"]:
+        kept = self._images.get(index)
+        if kept is not None:
+            return kept
+        name = self.sample_ids[index]
+        hint = "restore the image, or localize again"
+        try:
+            image = read_image(self._sources[index])
+        except DecodeError as error:
+            raise SourceChangedError(f"{name}: readable when localized, now {error.reason}", hint=hint) from None
+        if image.source_sha256 != self._sha256[index]:
+            raise SourceChangedError(
+                f"{name}: sha256 {image.source_sha256[:16]}..., localized {str(self._sha256[index])[:16]}...", hint=hint
+            )
+        if image.pixels.shape[1:] != tuple(self.sizes_px[index]):
+            raise SourceChangedError(f"{name}: decodes to {image.pixels.shape[1:]} px, not the size localized")
+        return self._keep(self._images, index, as_stored(image.pixels))
+
+    def _region_maps(self, index: int) -> UInt8[np.ndarray, "K h w"]:
+        kept = self._maps.get(index)
+        if kept is not None:
+            return kept
+        return self._keep(self._maps, index, np.ascontiguousarray(self.store.maps([self.rows[index]])[0]))
+
+    def _keep(self, cache: dict[int, np.ndarray[Any, Any]], index: int, value: np.ndarray[Any, Any]) -> Any:
+        if value.nbytes <= self._free_bytes:
+            self._free_bytes -= value.nbytes
+            cache[index] = value
+        return value
+
+
+def as_stored(pixels: Float32[np.ndarray, "C H W"]) -> UInt8[np.ndarray, "C H W"] | Float32[np.ndarray, "C H W"]:
+    """Pixels as uint8 if they are 8-bit values over 255, exactly; else as they are."""
+    small = np.rint(pixels * 255).astype(np.uint8)
+    return small if np.array_equal(_as_float(small), pixels) else pixels
+
+
+def view_image(
+    pixels: UInt8[np.ndarray, "c H W"] | Float32[np.ndarray, "c H W"],
+    window: Int32[np.ndarray, "8"],
+    size_px: int,
+    channels: int,
+) -> Float32[Tensor, "C S S"]:
+    """Cut the window out, resize it, flip and turn it.
+
+    Args:
+        pixels: uint8, or float32 in [0, 1].
+        window: From `draw_windows`.
+        size_px: Side of the result; bilinear, antialiased, half-pixel centres.
+        channels: 1 or 3.
+
+    Returns:
+        In [0, 1].
+    """
+    top, left, height, width, _, _, flip, turns = window.tolist()
+    part = _as_float(pixels[:, top : top + height, left : left + width])
+    if channels == 1 and len(part) == 3:
+        part = (part * np.array(_GREY, np.float32)[:, None, None]).sum(axis=0, keepdims=True)
+    sized = interpolate(
+        torch.from_numpy(np.ascontiguousarray(part))[None], size=(size_px, size_px), mode="bilinear", antialias=True
+    )[0].clamp_(0, 1)
+    turned = torch.from_numpy(np.ascontiguousarray(orient(sized.numpy(), flip, turns)))
+    return turned.expand(channels, -1, -1)
+
+
+def _as_float(pixels: UInt8[np.ndarray, "*S"] | Float32[np.ndarray, "*S"]) -> Float32[np.ndarray, "*S"]:
+    return pixels.astype(np.float32) / np.float32(255) if pixels.dtype == np.uint8 else pixels
