@@ -31,11 +31,13 @@ def fuse(
         Probabilities in [0, 1], map frame.
 
     Raises:
-        ValueError: A score or pixel that is not in [0, 1] (NaN included).
+        ValueError: A score or pixel that is not in [0, 1] (NaN included), or a box that is not finite.
     """
     maps = np.zeros((num_regions, MAP_SIZE_PX, MAP_SIZE_PX), np.float32)
     if not np.all((found.score >= 0) & (found.score <= 1)):
         raise ValueError("a score outside [0, 1]")
+    if not np.isfinite(found.box_xyxy_px).all():
+        raise ValueError("a box that is not finite")
     order = sorted(
         range(len(found)),
         key=lambda i: (-float(found.score[i]), tuple(map(float, found.box_xyxy_px[i])), segments[i].tobytes()),
@@ -60,7 +62,8 @@ def to_grid(maps: Float32[np.ndarray, "K h w"], size_px: int) -> Float32[np.ndar
         return maps
     index, next_index, share = _taps(maps.shape[-1], size_px)
     rows = maps[:, index, :] * (1 - share)[:, None] + maps[:, next_index, :] * share[:, None]
-    return rows[:, :, index] * (1 - share) + rows[:, :, next_index] * share
+    resampled = rows[:, :, index] * (1 - share) + rows[:, :, next_index] * share
+    return np.clip(resampled, maps.min(), maps.max())  # the two shares may round to a sum above 1
 
 
 def _taps(size: int, target: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -1,0 +1,286 @@
+"""`localize`: text prompts and images in, a published region store out; the same call again continues."""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from shared.artifact import CARD, Input, publish
+from shared.config import dump_yaml
+from shared.corpus import CorpusRow, corpus_id, list_corpus, write_corpus
+from shared.decode import VERSION as DECODE_VERSION
+from shared.errors import CorruptError, DiskFullError, InterruptedRun, QuarantineError
+from shared.images import Source, find_sources
+from shared.lease import Lease
+from shared.region_journal import LAYOUT
+from shared.region_layout import Layout
+from shared.region_writer import FINISHED, create_store, drop_journal, finalise, pending_shards
+from shared.regions import RegionStore, open_region_store
+from shared.runlog import RunLog
+from shared.workspace import begin, set_aside
+from stage1_localize.config import LocalizeConfig
+from stage1_localize.fuse import VERSION as FUSE_VERSION
+from stage1_localize.parts import Parts, build_parts, resolve
+from stage1_localize.shard import STOP, ShardTask, read_state, run_shard
+
+BEGUN = "run/store-begun"
+_STOP_WAIT_S = 30.0
+_COMPRESSED_SHARE = 0.4
+"""Of the raw maps that stays after lz4; measured .32 on 224 px maps."""
+
+
+def localize(
+    config: LocalizeConfig,
+    *,
+    images: Path,
+    out: Path,
+    scheduler: str | None = None,
+    fresh: bool = False,
+    command: str = "",
+) -> RegionStore:
+    """Compute a probability map for every image and region, and publish them as a region store.
+
+    Args:
+        config: Prompts, parts and limits.
+        images: Folder of images, or a CSV or JSONL list of them.
+        out: The run's folder, which becomes the store; the same call on it continues, or is done at once.
+        scheduler: Address or scheduler file of a running Dask cluster that sees the same folders; None: local.
+        fresh: Keep an existing run aside and start anew.
+        command: Command line for provenance, paths replaced by placeholders.
+
+    Returns:
+        The published store.
+
+    Raises:
+        UsageError: Prompts, parts, images or folder that do not fit (nothing has been computed).
+        QuarantineError: More images failed than ``max_failures``; the rest is kept.
+        InterruptedRun: SIGTERM or SIGINT; the same call continues.
+        DiskFullError: No room; the same call continues.
+        LockedError: Another process writes in ``out``.
+    """
+    config = resolve(config)
+    parts = build_parts(config.grounder, config.segmenter, config.asked())
+    out = out.resolve()
+    sources = find_sources(images.absolute())
+    if fresh:
+        set_aside(out)
+    with Lease(out):
+        corpus = list_corpus(sources)
+        inputs = [Input(role="images", kind="corpus", artifact_id=corpus_id(corpus))]
+        spec = specify(config, parts)
+        status, _ = begin(out, kind="region-store", inputs=inputs, spec=spec, resolved=dump_yaml(config), fresh=fresh)
+        if status != "done":
+            with RunLog(out) as log:
+                run = _Run(config, parts, sources, corpus, out, log, command)
+                with run.signals:
+                    run.compute(scheduler)
+                    run.finish(inputs, spec)
+    return open_region_store(out)
+
+
+def specify(config: LocalizeConfig, parts: Parts) -> dict[str, Any]:
+    """What decides the maps, as float-free JSON: the ``spec`` of the store's card."""
+    return {
+        "regions": [{"name": region.name, "texts": list(region.texts)} for region in config.asked()],
+        **parts.described,
+        "fusion": {"rule": "noisy-or of detections, max of wordings", "version": FUSE_VERSION},
+        "encoding": "floor(254 p + 0.5), uint8, 255 absent",
+        "grid": [config.grid_px, config.grid_px],
+        "decoding": {"version": DECODE_VERSION},
+        "numeric": {"dtype": "float32", "device": "cpu", "threads": 1, "micro_batch": config.micro_batch},
+    }
+
+
+class _Run:
+    """One call's way from sources to a card."""
+
+    def __init__(
+        self,
+        config: LocalizeConfig,
+        parts: Parts,
+        sources: Sequence[Source],
+        corpus: Sequence[CorpusRow],
+        out: Path,
+        log: RunLog,
+        command: str,
+    ) -> None:
+        self.config, self.parts, self.out, self.log, self.command = config, parts, out, log, command
+        self.sources, self.corpus = sources, corpus
+        self.token = secrets.token_hex(8)
+        self.layout = self._create()
+        self.counts: dict[int, tuple[int, int]] = {}
+        self.signals = Signals()
+        self.stop_at: float | None = None
+
+    def compute(self, scheduler: str | None) -> None:
+        """Bring every shard to its end."""
+        pending = pending_shards(self.out)
+        for shard in range(self.layout.shards):
+            state = read_state(self.out, shard)
+            rows = len(self.layout.rows(shard))
+            self.counts[shard] = (state.done if shard in pending else rows, state.quarantined)
+        kept = sum(done for done, _ in self.counts.values())
+        if kept:
+            self.log.info(f"continuing: {kept} of {self.layout.samples} images are done")
+        if not pending:
+            return
+        self._refuse_without_room(self.layout.samples - kept)
+        (self.out / STOP).unlink(missing_ok=True)
+        self.kept, self.started = kept, time.monotonic()
+        for result in self._results([self._task(shard) for shard in pending], scheduler):
+            if result["status"] == "done":
+                self.counts[result["shard"]] = (result["rows"], result["quarantined"])
+        self._stop_if_asked()
+
+    def finish(self, inputs: Sequence[Input], spec: dict[str, Any]) -> None:
+        """Digest, report, publish."""
+        outputs = finalise(self.out, progress=self._read_back)
+        self._refuse_failures(outputs["quarantined"])
+        if outputs["ok"] == 0:
+            raise QuarantineError(f"{self.out.name}: none of {outputs['samples']} images could be used")
+        drop_journal(self.out)
+        for reason, count in sorted(outputs["quarantine_reasons"].items()):
+            self.log.warn(f"{count} of {outputs['samples']} images quarantined: {reason}; see quarantine.jsonl")
+        for region in outputs["regions"]:
+            if region["empty"] == outputs["ok"]:
+                self.log.warn(f"region '{region['name']}' was found in none of {outputs['ok']} images")
+        for path in self.out.glob("**/.*.tmp"):  # what a kill left of a file that was then written anew
+            path.unlink()
+        publish(
+            self.out,
+            kind="region-store",
+            inputs=inputs,
+            spec=spec,
+            outputs=outputs,
+            command=self.command,
+            metrics={"images": outputs["samples"], "quarantined": outputs["quarantined"]},
+        )
+
+    def _create(self) -> Layout:
+        if (self.out / BEGUN).exists() and not (self.out / LAYOUT).exists() and not (self.out / FINISHED).exists():
+            raise CorruptError(
+                f"{self.out}: a run was begun here, but its journal is gone",
+                hint="restore it from a copy, or --fresh to keep the rest aside and start anew",
+            )
+        if not (self.out / "corpus" / CARD).exists():
+            write_corpus(self.out / "corpus", self.corpus, command=self.command)
+        layout = create_store(
+            self.out,
+            sample_ids=[row.sample_id for row in self.corpus],
+            regions=[region.name for region in self.config.asked()],
+            grid=(self.config.grid_px, self.config.grid_px),
+        )
+        (self.out / BEGUN).touch()
+        return layout
+
+    def _task(self, shard: int) -> ShardTask:
+        rows = self.layout.rows(shard)
+        return ShardTask(
+            folder=str(self.out),
+            shard=shard,
+            token=self.token,
+            sources=tuple(self.sources[rows.start : rows.stop]),
+            digests=tuple(row.source_sha256 for row in self.corpus[rows.start : rows.stop]),
+            regions=self.config.asked(),
+            grounder=self.config.grounder,
+            segmenter=self.config.segmenter,
+            parts_digest=self.parts.digest,
+            grid_px=self.config.grid_px,
+            micro_batch=self.config.micro_batch,
+        )
+
+    def _results(self, tasks: Sequence[ShardTask], scheduler: str | None) -> Iterator[dict[str, Any]]:
+        if scheduler is None and self.config.workers == 0:
+            for task in tasks:
+                watch = partial(self._watch, [task.shard])
+                yield run_shard(task, stopped=lambda: self.signals.caught is not None, between=watch)
+        else:
+            from stage1_localize.cluster import run_on_dask
+
+            yield from run_on_dask(tasks, workers=self.config.workers, scheduler=scheduler, poll=self._poll)
+
+    def _poll(self, running: Sequence[int]) -> bool:
+        """Look at the shards in flight; False once the run has been asked to stop."""
+        self._watch(running)
+        if self.signals.caught is None:
+            return True
+        if self.stop_at is None:
+            (self.out / STOP).write_text(self.token)
+            self.stop_at = time.monotonic() + _STOP_WAIT_S
+        if time.monotonic() > self.stop_at:  # a slow micro-batch: its worker is ended, its rows are done again
+            self._stop_if_asked()
+        return False
+
+    def _watch(self, running: Sequence[int]) -> None:
+        for shard in running:
+            state = read_state(self.out, shard)
+            if state.token == self.token:
+                self.counts[shard] = (state.done, state.quarantined)
+        done = sum(done for done, _ in self.counts.values())
+        rate = (done - self.kept) / max(time.monotonic() - self.started, 1e-9)
+        self.log.progress(done, self.layout.samples, "image", img_per_s=rate)
+        self._refuse_failures(sum(quarantined for _, quarantined in self.counts.values()))
+
+    def _refuse_failures(self, count: int) -> None:
+        allowed = self.config.failures_allowed(self.layout.samples)
+        if count > allowed:
+            raise QuarantineError(
+                f"{self.out.name}: {count} of {self.layout.samples} images failed, max_failures allows {allowed}",
+                hint="raise max_failures and run the same command: it continues with what is done",
+            )
+
+    def _refuse_without_room(self, rows: int) -> None:
+        needed = int(self.layout.bytes_max * _COMPRESSED_SHARE * rows / self.layout.samples)
+        free = shutil.disk_usage(self.out).free
+        if free < needed:
+            raise DiskFullError(
+                f"{self.out}: about {needed} bytes are needed for {rows} images, {free} are free",
+                hint="make room, then run the same command",
+            )
+
+    def _read_back(self, done: int, total: int) -> None:
+        self.log.progress(done, total, "row read back")
+        self._stop_if_asked()
+
+    def _stop_if_asked(self) -> None:
+        if self.signals.caught is not None:
+            done = sum(done for done, _ in self.counts.values())
+            raise InterruptedRun(
+                f"{self.out.name}: {self.signals.caught} after {done} of {self.layout.samples} images; they are kept",
+                hint="run the same command: it continues",
+            )
+
+
+class Signals:
+    """Remember SIGTERM or SIGINT instead of dying; the second one of a kind acts as it did before.
+
+    Attributes:
+        caught: Name of the first signal, or None.
+    """
+
+    def __init__(self) -> None:
+        self.caught: str | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Signals:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._catch)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def _catch(self, number: int, frame: FrameType | None) -> None:
+        self.caught = signal.Signals(number).name
+        signal.signal(number, self._before.pop(number))
