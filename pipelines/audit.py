@@ -141,7 +141,7 @@ def _integrity(folder: Path, name: str, cards: dict[Path, Card]) -> list[Row]:
     findings = verify(folder, card)
     rows = [_row(name, kind, "files", len(card.provenance.files) + 1, findings)]
     if kind == "region-store":
-        from shared.regions import verify_store
+        from shared.region_verify import verify_store
 
         rows.append(_row(name, kind, "maps", int(card.identity.outputs["samples"]), verify_store(folder, card)))
     return rows
@@ -167,6 +167,8 @@ def _masks(folder: Path, card: Card, name: str, stores: dict[str, Path]) -> Row:
         found = redraw(open_region_store(stores[wanted]), card.identity.spec, folder)
     except CorruptError as error:
         return Row(name, "encoder", "masks", 0, "corrupt", error.message)
+    except IncompatibleError as error:
+        return Row(name, "encoder", "masks", 0, "unrecomputable", error.message)
     if found.mismatches:
         return Row(name, "encoder", "masks", found.checked, "drift", "; ".join(found.mismatches[:5]))
     detail = f"{found.draws} draws in {found.epochs} epochs agree with the recorded sums"

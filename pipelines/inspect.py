@@ -46,7 +46,7 @@ def inspect_sample(path: Path, sample: str, images: Path | None, out: Path | Non
     store = open_region_store(path)
     row = store.row(sample)
     known = store.samples[row]
-    facts: dict[str, Any] = {"sample": sample, "row": row, "status": known.status, "shape": list(known.shape)}
+    facts: dict[str, Any] = {"sample": sample, "row": row, "status": known.status, "shape": list(known.shape or ())}
     if known.status == "ok":
         for name, region_map in zip(store.regions, store.maps([row])[0], strict=True):
             facts[f"region {name}"] = f"{float((region_map >= 127).mean()):.1%} of the image at 0.5 or above"
