@@ -1,0 +1,120 @@
+"""Every policy keeps the contract; uniform and region give the plans that masking papers describe."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from shared.config import digest
+from shared.errors import ConfigError, IncompatibleError
+from stage2_pretrain.masking import POLICIES
+from stage2_pretrain.masking.plan import Plan, build_policy, policy_of_card, policy_spec
+
+COVERAGE = hnp.arrays(np.uint8, st.tuples(st.integers(1, 6), st.integers(1, 64)), elements=st.integers(0, 254))
+REGION = [
+    {},
+    {"overall": 400, "hide_inside": 700},
+    {"budget": "per-sample", "hide_inside": 700, "hide_outside": 300},
+    {"budget": "per-sample", "hide_inside": 0, "hide_outside": 1000, "inside": 1},
+]
+
+
+def sizes(plan: Plan) -> np.ndarray:
+    stratum = plan.stratum_of[plan.level]
+    return np.stack([(stratum == number).sum(1) for number in range(plan.num_hidden.shape[1])], axis=1)
+
+
+@pytest.mark.parametrize("name", list(POLICIES))
+@given(coverage=COVERAGE)
+def test_plans_fit_the_sampler(name: str, coverage: np.ndarray) -> None:
+    policy = build_policy(name)
+    plan = policy.plan(coverage)
+    assert plan.level.shape == coverage.shape
+    assert plan.stratum_of.shape == plan.weight_of.shape == (256,)
+    assert plan.num_hidden.shape == (len(coverage), len(policy.strata))
+    assert plan.weight_of.min() >= 1
+    assert ((plan.num_hidden >= 0) & (plan.num_hidden <= sizes(plan))).all()
+    alone = policy.plan(coverage[-1:])
+    assert np.array_equal(alone.num_hidden, plan.num_hidden[-1:])
+    assert np.array_equal(alone.level, plan.level[-1:])
+
+
+@pytest.mark.parametrize("name", list(POLICIES))
+def test_every_option_is_described_and_on_the_card(name: str) -> None:
+    policy = build_policy(name)
+    fields = type(policy.options).model_fields
+    assert all(field.description for field in fields.values())
+    card = policy_spec(name, policy)
+    assert card["name"] == name
+    assert set(card["options"]) == set(fields)
+    digest(card)
+    assert policy_of_card(card).options == policy.options
+    with pytest.raises(IncompatibleError, match=f"policy {name}: version 99"):
+        policy_of_card({**card, "version": 99})
+
+
+def test_uniform_hides_the_same_share_wherever_the_region_is() -> None:
+    coverage = np.random.default_rng(0).integers(0, 255, (5, 49), dtype=np.uint8)
+    plan = build_policy("uniform", {"hide": 750}).plan(coverage)
+    assert plan.num_hidden.tolist() == [[37]] * 5
+    assert not plan.stratum_of.any()
+    assert (plan.weight_of == 1).all()
+
+
+@pytest.mark.parametrize("options", REGION)
+@given(coverage=COVERAGE)
+def test_region_counts(options: dict[str, Any], coverage: np.ndarray) -> None:
+    policy = build_policy("region", options)
+    plan = policy.plan(coverage)
+    patches = coverage.shape[1]
+    threshold = -(-254 * options.get("inside", 500) // 1000)
+    inside = [int(n) for n in (coverage >= threshold).sum(1)]
+    assert sizes(plan).tolist() == [[n, patches - n] for n in inside]
+    for n, (inner, outer), clamped in zip(inside, plan.num_hidden.tolist(), plan.clamped.tolist(), strict=True):
+        asked = (n * options.get("hide_inside", 800) + 500) // 1000
+        if "hide_outside" in options:
+            assert (inner, outer) == (asked, ((patches - n) * options["hide_outside"] + 500) // 1000)
+            assert not clamped
+        else:
+            assert inner + outer == (patches * options.get("overall", 600) + 500) // 1000
+            assert clamped == (inner != asked)
+
+
+@pytest.mark.parametrize(("milli", "lowest"), [(1, 1), (500, 127), (501, 128), (1000, 254)])
+def test_inside_begins_at_the_rounded_up_threshold(milli: int, lowest: int) -> None:
+    plan = build_policy("region", {"inside": milli}).plan(np.array([[lowest - 1, lowest]], np.uint8))
+    assert plan.stratum_of[plan.level].tolist() == [[1, 0]]
+
+
+def test_an_empty_region_is_valid() -> None:
+    plan = build_policy("region", {"overall": 600}).plan(np.zeros((1, 49), np.uint8))
+    assert plan.num_hidden.tolist() == [[0, 29]]
+    assert not plan.clamped.any()
+
+
+def test_resolved_options_say_what_ran() -> None:
+    assert build_policy("region").options.model_dump()["overall"] == 600
+    per_sample = build_policy("region", {"budget": "per-sample", "hide_outside": 300})
+    assert per_sample.options.model_dump()["overall"] is None
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "match"),
+    [
+        ("region", {"hide_outside": 300}, "hide_outside belongs to budget 'per-sample'"),
+        ("region", {"budget": "per-sample", "overall": 600, "hide_outside": 1}, "overall belongs to budget 'matched'"),
+        ("region", {"budget": "per-sample"}, "hide_outside is required"),
+        ("region", {"hide_insde": 1}, "Did you mean 'hide_inside'"),
+        ("region", {"hide_inside": 1001}, "hide_inside"),
+        ("region", {"inside": 0}, "inside"),
+        ("uniform", {"hide": 1000}, "hide"),
+        ("uniform", {"hide": 0.6}, "hide"),
+        ("regoin", {}, "unknown policy 'regoin'"),
+    ],
+)
+def test_options_that_cannot_be_meant_are_refused(name: str, options: dict[str, Any], match: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        build_policy(name, options)
