@@ -1,0 +1,79 @@
+"""The classification task on a real small timm model."""
+
+import pytest
+import torch
+
+from shared.backbones import build
+from shared.errors import ConfigError
+from stage3_finetune.data import Batch
+from stage3_finetune.tasks import TASKS
+from stage3_finetune.tasks.classify import Classify, ClassifyOptions
+
+
+def task(seed: int = 0, smoothing: int = 0, classes: tuple[str, ...] = ("a", "b", "c")) -> Classify:
+    model = build("test_resnet", in_chans=1, seed=7).model
+    options = ClassifyOptions(label_smoothing_milli=smoothing)
+    return Classify(options, model, classes=classes, mean=(0.5,), std=(0.25,), seed=seed)
+
+
+def batch() -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    return Batch(torch.rand(6, 1, 32, 32, generator=generator), torch.tensor([0, 1, 2, 0, 1, 2]), tuple("abcdef"))
+
+
+def test_the_table_names_it() -> None:
+    assert TASKS.load("classify") is Classify
+
+
+def test_the_encoder_is_kept_and_the_head_is_a_function_of_the_seed() -> None:
+    encoder = build("test_resnet", in_chans=1, seed=7).model.state_dict()
+    torch.manual_seed(1)
+    first = task()
+    torch.manual_seed(2)
+    again, other = task(), task(seed=1)
+    state = first.model.state_dict()
+    assert set(state) - set(encoder) == set(first.head)
+    assert all(torch.equal(state[name], encoder[name]) for name in encoder)
+    weight = next(name for name in first.head if name.endswith("weight"))
+    assert state[weight].shape[0] == 3
+    assert torch.equal(state[weight], again.model.state_dict()[weight])
+    assert not torch.equal(state[weight], other.model.state_dict()[weight])
+
+
+def test_loss_is_the_cross_entropy_of_the_predictions_and_falls() -> None:
+    one = task()
+    one.model.eval()
+    probability = torch.from_numpy(one.predict(batch()))
+    assert torch.allclose(probability.sum(dim=1), torch.ones(6))
+    picked = probability[torch.arange(6), batch().label]
+    with torch.no_grad():
+        values = one.loss(batch())
+    assert float(values["loss"]) == pytest.approx(float(-picked.log().mean()), abs=1e-5)
+    assert float(values["accuracy"]) == pytest.approx(float((probability.argmax(1) == batch().label).float().mean()))
+    smooth = task(smoothing=300)
+    smooth.model.eval()
+    expected = float(-(0.7 * picked.log() + 0.3 * probability.log().mean(dim=1)).mean())
+    with torch.no_grad():
+        assert float(smooth.loss(batch())["loss"]) == pytest.approx(expected, abs=1e-5)
+    one.model.train()
+    optimizer = torch.optim.AdamW(one.model.parameters(), lr=3e-3)
+    for _ in range(10):
+        optimizer.zero_grad()
+        one.loss(batch())["loss"].backward()
+        optimizer.step()
+    with torch.no_grad():
+        assert float(one.loss(batch())["loss"]) < 0.5 * float(values["loss"])
+
+
+def test_normalisation_is_applied() -> None:
+    one, other = task(), task()
+    other._mean = torch.tensor([0.0]).reshape(1, 1, 1, 1)
+    one.model.eval()
+    other.model.eval()
+    assert not torch.allclose(torch.from_numpy(one.predict(batch())), torch.from_numpy(other.predict(batch())))
+
+
+def test_a_backbone_that_takes_no_classifier_is_refused() -> None:
+    options = ClassifyOptions()
+    with pytest.raises(ConfigError, match="takes no classifier"):
+        Classify(options, torch.nn.Conv2d(1, 4, 3), classes=("a", "b"), mean=(0.5,), std=(0.25,), seed=0)
