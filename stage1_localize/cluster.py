@@ -17,6 +17,9 @@ from typing import Any, Literal
 from shared.errors import InputMissingError, InterruptedRun
 from stage1_localize.shard import ShardTask, read_state, run_shard
 
+CONNECT_S = 30
+"""How long to wait for a scheduler to answer, in seconds."""
+
 _POLL_S = 0.5
 _WINDOW = 2
 _MODELS_DIE_MAX = 3
@@ -102,7 +105,7 @@ def _connected(workers: int | Literal["auto"], scheduler: str | None, tasks: int
     if scheduler is not None:
         target = {"scheduler_file": scheduler} if Path(scheduler).is_file() else {"address": scheduler}
         try:
-            client = distributed.Client(**target, timeout=30, set_as_default=False)
+            client = distributed.Client(**target, timeout=CONNECT_S, set_as_default=False)
         except (OSError, ValueError, TimeoutError) as error:
             raise InputMissingError(
                 f"scheduler {scheduler}: cannot be reached ({type(error).__name__})",

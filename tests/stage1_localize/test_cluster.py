@@ -1,0 +1,114 @@
+"""`localize` on Dask: the same store, workers that die, and nobody left behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from shared.errors import InputMissingError
+from shared.regions import verify_store
+from stage1_localize.job import localize
+from tests.stage1_localize.planted_corpus import ROOT, disc_map, recipe, start, write_image, write_images
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_images(tmp_path_factory.mktemp("images"), 24)
+
+
+@pytest.fixture(scope="module")
+def expected(images: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return localize(recipe(), images=images, out=tmp_path_factory.mktemp("whole") / "out").card.artifact_id
+
+
+def wait_for(condition: Callable[[], bool], process: "subprocess.Popen[str]") -> None:
+    until = time.monotonic() + 90
+    while not condition():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def gone(processes: list[psutil.Process]) -> bool:
+    return not psutil.wait_procs(processes, timeout=20)[1]
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies_costs_one_image(images: Path, tmp_path: Path) -> None:
+    corpus = write_images(tmp_path / "images", 24)
+    write_image(corpus / "013.png", 13, width=93)
+    config = recipe(workers=2, max_failures=1, options={"deadly_width_px": 93})
+    store = localize(config, images=corpus, out=tmp_path / "out")
+    assert store.card.identity.outputs["quarantine_reasons"] == {"worker_killed": 1}
+    assert store.samples[13].status == "quarantined"
+    for row in (0, 12, 14, 23):
+        np.testing.assert_array_equal(store.maps([row])[0, 0], disc_map(row))
+    assert not verify_store(store.path, store.card)
+
+
+@pytest.mark.slow
+def test_main_killed_takes_its_workers_along_and_is_continued(images: Path, expected: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    process = start(images, out, recipe(workers=2, options={"delay_ms": 150}))
+    wait_for(lambda: len(list(out.glob("journal/*.state"))) >= 2, process)
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert len(children) >= 2
+    process.kill()
+    process.communicate()
+    continued = localize(recipe(), images=images, out=out)
+    assert continued.card.artifact_id == expected
+    assert gone(children)
+
+
+@pytest.mark.slow
+def test_interrupt_of_the_whole_group_stops_cleanly(images: Path, expected: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    process = start(images, out, recipe(workers=2, options={"delay_ms": 150}))
+    wait_for(lambda: len(list(out.glob("journal/*.state"))) >= 2, process)
+    children = psutil.Process(process.pid).children(recursive=True)
+    os.killpg(process.pid, signal.SIGINT)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 75, said
+    assert "SIGINT after" in said
+    assert "Traceback" not in said
+    assert gone(children)
+    continued = localize(recipe(), images=images, out=out)
+    assert continued.card.artifact_id == expected
+
+
+@pytest.mark.slow
+def test_a_scheduler_that_is_there_is_used(images: Path, expected: str, tmp_path: Path) -> None:
+    import distributed
+
+    with distributed.LocalCluster(
+        n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None, protocol="tcp"
+    ) as cluster:
+        store = localize(recipe(), images=images, out=tmp_path / "out", scheduler=cluster.scheduler_address)
+        assert store.card.artifact_id == expected
+        assert len(cluster.workers) == 1
+
+
+def test_a_scheduler_that_is_not_there_is_named(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import stage1_localize.cluster as cluster
+
+    monkeypatch.setattr(cluster, "CONNECT_S", 1)
+    with pytest.raises(InputMissingError, match=r"scheduler tcp://127\.0\.0\.1:9: cannot be reached"):
+        localize(recipe(), images=images, out=tmp_path / "out", scheduler="tcp://127.0.0.1:9")
+
+
+def test_the_job_without_dask_imports_none(images: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys, pathlib\n"
+        "from stage1_localize.job import localize\n"
+        "from tests.stage1_localize.planted_corpus import recipe\n"
+        f"localize(recipe(), images=pathlib.Path({str(images)!r}), out=pathlib.Path({str(tmp_path / 'out')!r}))\n"
+        "assert not [name for name in ('dask', 'distributed', 'torch') if name in sys.modules]"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

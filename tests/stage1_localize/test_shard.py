@@ -1,0 +1,183 @@
+"""A shard survives being cut off anywhere, and finds the image that its worker dies of."""
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from shared.corpus import list_corpus
+from shared.images import find_sources
+from shared.region_journal import ShardJournal
+from shared.region_writer import create_store
+from stage1_localize.parts import build_parts
+from stage1_localize.shard import STOP, ShardTask, read_state, run_shard
+from tests.stage1_localize.planted_corpus import recipe, write_image, write_images
+
+
+class Killed(BaseException):
+    """Stands for the end of a process: nothing on the way catches it."""
+
+
+def make_task(tmp_path: Path, rows: int = 10, **fields: Any) -> ShardTask:
+    """One shard of ``rows`` rows: 8 shards' worth of images, of which the first is worked on."""
+    config = recipe(**fields)
+    sources = find_sources(write_images(tmp_path / "images", rows * 8))
+    corpus = list_corpus(sources)
+    out = tmp_path / "out"
+    out.mkdir(exist_ok=True)
+    layout = create_store(
+        out, sample_ids=[row.sample_id for row in corpus], regions=list(config.regions), grid=(256, 256)
+    )
+    assert layout.rows_per_shard == rows
+    return ShardTask(
+        folder=str(out),
+        shard=0,
+        token="t",
+        sources=tuple(sources[:rows]),
+        digests=tuple(row.source_sha256 for row in corpus[:rows]),
+        regions=config.asked(),
+        grounder=config.grounder,
+        segmenter=config.segmenter,
+        parts_digest=build_parts(config.grounder, config.segmenter, config.asked()).digest,
+        grid_px=256,
+        micro_batch=config.micro_batch,
+    )
+
+
+def attempt(task: ShardTask, deadly: set[int], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any] | None:
+    """One worker's attempt; None if it died of one of the rows."""
+    from stage1_localize.grounders.planted import Planted
+
+    def locate(self: Any, batch: Any, regions: Any) -> Any:
+        if {f"{row:03d}.png" for row in deadly} & set(batch.sample_ids):
+            raise Killed
+        return plain(self, batch, regions)
+
+    plain = Planted.locate
+    with monkeypatch.context() as patch:
+        patch.setattr(Planted, "locate", locate)
+        try:
+            return run_shard(task)
+        except Killed:
+            return None
+
+
+def quarantined(task: ShardTask) -> dict[int, str]:
+    from shared.region_journal import read_done
+    from shared.region_writer import open_layout
+
+    path = Path(task.folder) / "journal" / "shard-00000.done"
+    entries = read_done(path, open_layout(Path(task.folder)), 0)
+    return {entry.line.row: entry.quarantine["reason"] for entry in entries if entry.quarantine}
+
+
+def test_a_task_is_done_once_and_then_for_good(tmp_path: Path) -> None:
+    task = pickle.loads(pickle.dumps(make_task(tmp_path)))
+    done = run_shard(task)
+    assert {key: done[key] for key in ("shard", "status", "rows", "quarantined")} == {
+        "shard": 0,
+        "status": "done",
+        "rows": 10,
+        "quarantined": 0,
+    }
+    assert run_shard(task) == done
+
+
+@pytest.mark.parametrize("micro_batch", [1, 4, 16])
+def test_the_deadly_image_is_found_and_the_rest_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, micro_batch: int
+) -> None:
+    task = make_task(tmp_path, micro_batch=micro_batch)
+    attempts = 1
+    while (done := attempt(task, {5, 6}, monkeypatch)) is None:
+        attempts += 1
+        assert attempts < 9
+    assert quarantined(task) == {5: "worker_killed", 6: "worker_killed"}
+    assert done["quarantined"] == 2
+    assert attempts <= 5
+    healthy = make_task(tmp_path / "healthy", micro_batch=micro_batch)
+    run_shard(healthy)
+    shards = [Path(each.folder) / "regions.zarr" / "maps" / "c.0.0.0.0" for each in (task, healthy)]
+    from shared.region_arrays import ShardedArray
+
+    maps = [ShardedArray(path.parent) for path in shards]
+    rows = [row for row in range(10) if row not in (5, 6)]
+    outs = [np.empty((8, 2, 256, 256), np.uint8) for _ in maps]
+    for array, out in zip(maps, outs, strict=True):
+        assert not array.read(rows, out)
+    np.testing.assert_array_equal(*outs)
+
+
+def test_an_earlier_runs_end_is_no_death(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = make_task(tmp_path)
+    assert attempt(task, {5}, monkeypatch) is None
+    assert read_state(Path(task.folder), 0).trying == [4, 5, 6, 7]
+    from dataclasses import replace
+
+    assert run_shard(replace(task, token="another"))["quarantined"] == 0
+
+
+def test_images_that_only_die_together_are_all_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from stage1_localize.grounders.planted import Planted
+
+    task = make_task(tmp_path)
+    plain = Planted.locate
+
+    def locate(self: Any, batch: Any, regions: Any) -> Any:
+        if {"004.png", "005.png"} <= set(batch.sample_ids):
+            raise Killed
+        return plain(self, batch, regions)
+
+    monkeypatch.setattr(Planted, "locate", locate)
+    for _ in range(2):
+        with pytest.raises(Killed):
+            run_shard(task)
+    assert run_shard(task)["quarantined"] == 4
+    assert quarantined(task) == dict.fromkeys(range(4, 8), "worker_killed")
+
+
+def test_a_half_kept_micro_batch_gives_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = make_task(tmp_path)
+    plain, kept = ShardJournal.append_maps, []
+
+    def append(self: Any, row: int, *rest: Any) -> None:
+        if row == 6:
+            raise Killed
+        plain(self, row, *rest)
+        kept.append(row)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardJournal, "append_maps", append)
+        with pytest.raises(Killed):
+            run_shard(task)
+    assert kept == [0, 1, 2, 3, 4, 5]
+    from dataclasses import replace
+
+    done = run_shard(replace(task, token="next"))
+    other = make_task(tmp_path / "other")
+    assert run_shard(other)["digest"] == done["digest"]
+
+
+def test_a_stop_is_obeyed_between_micro_batches(tmp_path: Path) -> None:
+    task = make_task(tmp_path)
+    (tmp_path / "out" / "run").mkdir()
+    seen = []
+
+    def between() -> None:
+        seen.append(read_state(tmp_path / "out", 0).done)
+        (tmp_path / "out" / STOP).write_text("t")
+
+    assert run_shard(task, between=between) == {"shard": 0, "status": "stopped"}
+    assert seen == [4]
+    (tmp_path / "out" / STOP).write_text("somebody else's")
+    assert run_shard(task)["status"] == "done"
+
+
+def test_what_cannot_be_read_is_quarantined_by_its_reason(tmp_path: Path) -> None:
+    task = make_task(tmp_path)
+    write_image(tmp_path / "images" / "003.png", 99)
+    (tmp_path / "images" / "007.png").unlink()
+    assert run_shard(task)["quarantined"] == 2
+    assert quarantined(task) == {3: "source_changed", 7: "missing"}
