@@ -88,7 +88,8 @@ class WitnessRecorder:
             self.tensors["drawn"][epoch, view, place] = 1
             self.tensors["bits"][epoch, view, place] = row
         self.tensors["draws"][epoch] += len(bits)
-        self.tensors["sums"][epoch] += digest_sum(sample_ids, view, bits)
+        # An array, not a scalar: it wraps modulo 2^64, as meant, without a warning.
+        self.tensors["sums"][epoch : epoch + 1] += digest_sum(sample_ids, view, bits)
 
     def state(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Torch tensors and JSON for a checkpoint; the unsigned sums as the bits of int64."""
