@@ -7,7 +7,7 @@ they complete.
 from __future__ import annotations
 
 import logging
-import sys
+import signal
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -128,10 +128,20 @@ def _connected(workers: int | Literal["auto"], scheduler: str | None, tasks: int
             silence_logs=logging.CRITICAL,
         )
         with cluster, distributed.Client(cluster, set_as_default=False) as client:
-            # Workers import this project from where it was imported here, installed or not.
-            client.run(_extend_path, [entry for entry in sys.path if entry])
+            client.register_plugin(_leave_signals_to_main())
             yield client
 
 
-def _extend_path(entries: list[str]) -> None:
-    sys.path.extend(entry for entry in entries if entry not in sys.path)
+def _leave_signals_to_main() -> Any:
+    """A plugin for local workers: an interrupt of the whole process group is for the main process to answer.
+
+    Nannies end a worker that ignores SIGTERM by SIGKILL.
+    """
+    import distributed
+
+    class LeaveSignals(distributed.WorkerPlugin):
+        def setup(self, worker: Any) -> None:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+    return LeaveSignals()
