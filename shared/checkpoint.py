@@ -2,8 +2,8 @@
 
 No pickle is ever written or read. A folder of states looks like::
 
-    state/newest.json          the step of the newest state that was saved
-    state/step-00000120/       tensors.safetensors, state.json (meta and the digests of both)
+    state.json               beside it: the step of the newest state that was saved
+    state/step-00000120/     tensors.safetensors, state.json (meta and the digests of both)
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 _TENSORS = "tensors.safetensors"
 _STATE = "state.json"
-_NEWEST = "newest.json"
 _FOLDER = re.compile(r"step-(\d{8,})")
 
 
@@ -66,7 +65,7 @@ def save_state(
         shutil.rmtree(target, ignore_errors=True)
         os.rename(draft, target)
         fsync_folder(folder)
-        write_atomic(folder / _NEWEST, _dump({"step": step}))
+        write_atomic(_marker(folder), _dump({"step": step}))
     except Exception as error:  # safetensors wraps the OSError of a full disk in its own class
         shutil.rmtree(draft, ignore_errors=True)
         if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
@@ -99,7 +98,7 @@ def latest_state(
     from safetensors.torch import load
 
     states = _states(folder)
-    saved = states[-1:] or (folder / _NEWEST).exists()
+    saved = states[-1:] or _marker(folder).exists()
     for path in reversed(states):
         try:
             body = json.loads((path / _STATE).read_bytes())
@@ -131,9 +130,14 @@ def _states(folder: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
+def _marker(folder: Path) -> Path:
+    """Outlives the folder of states, so that its loss is noticed."""
+    return folder.with_name(f"{folder.name}.json")
+
+
 def _newest(folder: Path) -> int | None:
     try:
-        return int(json.loads((folder / _NEWEST).read_bytes())["step"])
+        return int(json.loads(_marker(folder).read_bytes())["step"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

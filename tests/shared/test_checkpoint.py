@@ -1,7 +1,6 @@
 """States: whole or absent, the newest whole one wins, never a silent new run."""
 
 import errno
-import json
 import shutil
 
 import pytest
@@ -28,10 +27,18 @@ def test_round_trip_to_the_bit(tmp_path):
 
 
 def test_keeps_the_last_and_orders_by_number(tmp_path):
+    folder = tmp_path / "state"
     for step in (9, 10, 99_999_999, 100_000_000):
-        save_state(tmp_path, step, tensors(step), {}, keep=2)
-    assert latest_state(tmp_path)[0] == 100_000_000
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["newest.json", "step-100000000", "step-99999999"]
+        save_state(folder, step, tensors(step), {}, keep=2)
+    assert latest_state(folder)[0] == 100_000_000
+    assert sorted(path.name for path in folder.iterdir()) == ["step-100000000", "step-99999999"]
+
+
+def test_the_loss_of_every_state_is_noticed(tmp_path):
+    save_state(tmp_path / "state", 1, tensors(1), {})
+    shutil.rmtree(tmp_path / "state")
+    with pytest.raises(CorruptError, match="none is usable"):
+        latest_state(tmp_path / "state")
 
 
 def test_none_where_nothing_was_saved(tmp_path):
@@ -58,36 +65,37 @@ def flip(path, at=-1):
     ],
 )
 def test_a_broken_newest_state_falls_back_aloud(tmp_path, harm):
+    folder = tmp_path / "state"
     for step in (1, 2):
-        save_state(tmp_path, step, tensors(step), {"loss": 0.5})
-    harm(tmp_path / "step-00000002")
+        save_state(folder, step, tensors(step), {"loss": 0.5})
+    harm(folder / "step-00000002")
     warnings: list[str] = []
-    step, found, _ = latest_state(tmp_path, warnings.append)
+    step, found, _ = latest_state(folder, warnings.append)
     assert step == 1
     assert found["b"] == 1
     assert any("step 2 had been saved: 1 steps lost" in text for text in warnings)
-    harm(tmp_path / "step-00000001")
+    harm(folder / "step-00000001")
     with pytest.raises(CorruptError, match="none is usable"):
-        latest_state(tmp_path)
+        latest_state(folder)
 
 
 def test_a_full_disk_names_the_bytes_and_keeps_the_old_state(tmp_path, monkeypatch):
-    save_state(tmp_path, 1, tensors(1), {})
+    folder = tmp_path / "state"
+    save_state(folder, 1, tensors(1), {})
 
     def full(path):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "_fsync", full)
     with pytest.raises(DiskFullError, match="step 2 needs 800 bytes"):
-        save_state(tmp_path, 2, tensors(2.0), {})
-    assert latest_state(tmp_path)[0] == 1
-    assert not list(tmp_path.glob(".*"))
+        save_state(folder, 2, tensors(2.0), {})
+    assert latest_state(folder)[0] == 1
+    assert not list(folder.glob(".*"))
 
 
 def test_a_draft_left_by_a_kill_is_no_state(tmp_path):
-    (tmp_path / ".step-00000005.draft").mkdir(parents=True)
-    (tmp_path / ".step-00000005.draft/tensors.safetensors").write_bytes(b"torn")
-    assert latest_state(tmp_path) is None
-    save_state(tmp_path, 5, tensors(5), {})
-    assert latest_state(tmp_path)[0] == 5
-    assert json.loads((tmp_path / "newest.json").read_text()) == {"step": 5}
+    (tmp_path / "state/.step-00000005.draft").mkdir(parents=True)
+    (tmp_path / "state/.step-00000005.draft/tensors.safetensors").write_bytes(b"torn")
+    assert latest_state(tmp_path / "state") is None
+    save_state(tmp_path / "state", 5, tensors(5), {})
+    assert latest_state(tmp_path / "state")[0] == 5
