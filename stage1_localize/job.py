@@ -30,6 +30,7 @@ from stage1_localize.config import LocalizeConfig
 from stage1_localize.fuse import VERSION as FUSE_VERSION
 from stage1_localize.parts import Parts, build_parts, resolve
 from stage1_localize.shard import STOP, ShardTask, read_state, run_shard
+from stage1_localize.summary import write_report
 
 BEGUN = "run/store-begun"
 _STOP_WAIT_S = 30.0
@@ -152,6 +153,14 @@ class _Run:
         for region in outputs["regions"]:
             if region["empty"] == outputs["ok"]:
                 self.log.warn(f"region '{region['name']}' was found in none of {outputs['ok']} images")
+        write_report(
+            self.out,
+            outputs,
+            prompts=self.config.regions,
+            sources=self.sources,
+            facts={"grounder": self.config.grounder.name, "segmenter": self.config.segmenter.name},
+            warnings=self.log.warnings,
+        )
         for path in self.out.glob("**/.*.tmp"):  # what a kill left of a file that was then written anew
             path.unlink()
         publish(

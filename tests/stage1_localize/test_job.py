@@ -76,8 +76,23 @@ def test_what_is_published_is_whole_and_floatless(whole: RegionStore) -> None:
     assert identity.spec["grounder"]["options"] == {"score_milli": 1000, "level_milli": 800}
     assert identity.spec["numeric"] == {"dtype": "float32", "device": "cpu", "threads": 1, "micro_batch": 4}
     left = {path.name for path in whole.path.iterdir()}
-    assert {"artifact.json", "samples.jsonl", "quarantine.jsonl", "regions.zarr", "corpus", "resolved.yaml"} <= left
+    assert {
+        "artifact.json",
+        "samples.jsonl",
+        "quarantine.jsonl",
+        "regions.zarr",
+        "corpus",
+        "resolved.yaml",
+        "report.html",
+    } <= left
     assert not {"journal", "lease.json"} & left
+
+
+def test_the_report_shows_what_was_asked_and_found(whole: RegionStore) -> None:
+    page = (whole.path / "report.html").read_text()
+    assert page.count("<img") == 8 * 3
+    for said in ("spot", "hill", "disc", "cone, nothing", "000.png", "019.png", "20 images"):
+        assert said in page
 
 
 def test_the_same_command_is_done_and_another_is_refused(whole: RegionStore, images: Path, tmp_path: Path) -> None:
