@@ -84,9 +84,14 @@ def create_detections(
 
 
 def read_detections(
-    root: Path,
+    root: Path, samples: int, detections: int
 ) -> tuple[Int32[np.ndarray, "M 4"], UInt16[np.ndarray, "M"], UInt16[np.ndarray, "M"], Int64[np.ndarray, "N1"]]:
     """Boxes, scores, regions and offsets of all rows, checksums verified.
+
+    Args:
+        root: Folder of the arrays.
+        samples: N, on the card.
+        detections: M, on the card.
 
     Raises:
         CorruptError: A file is missing or damaged; names the array.
@@ -94,20 +99,23 @@ def read_detections(
     import zarr
 
     arrays = []
-    for name in DETECTIONS:
+    for name, shape in zip(DETECTIONS, ([detections, 4], [detections], [detections], [samples + 1]), strict=True):
+        found = read_metadata(root / name).get("shape")
+        if found != shape:
+            raise CorruptError(f"{root.name}/{name}: shape {str(found)[:40]}, expected {shape}", hint=RESTORE)
+        missing = [path.name for path in expected_files(root / name) if not path.is_file()]
+        if missing:
+            raise CorruptError(f"{root.name}/{name}/{missing[0]}: missing", hint=RESTORE)
         try:
             array = zarr.open_array(root / name, mode="r")
-            missing = [path.name for path in expected_files(root / name) if not path.is_file()]
-            if missing:
-                raise ValueError(f"{missing[0]} is missing")
             arrays.append(np.asarray(array[:]))
-        except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
-            # What zarr raises on damage depends on which byte was hit; the array's name is what helps.
-            raise CorruptError(f"{root.name}/{name}: {str(error).splitlines()[0][:120]}", hint=RESTORE) from None
+        except Exception as error:
+            # What zarr raises depends on which byte was hit, AttributeError included; the array's name helps.
+            reason = [*str(error).splitlines(), "unreadable"][0][:120]
+            raise CorruptError(f"{root.name}/{name}: {reason}", hint=RESTORE) from None
     boxes, scores, box_regions, box_offsets = arrays
-    ends = (len(boxes), len(scores), len(box_regions), int(box_offsets[-1]) if len(box_offsets) else -1)
-    if len(set(ends)) != 1 or bool((np.diff(box_offsets, prepend=0) < 0).any()):
-        raise CorruptError(f"{root.name}: boxes, scores, box_regions and box_offsets do not fit", hint=RESTORE)
+    if box_offsets[0] != 0 or box_offsets[-1] != detections or bool((np.diff(box_offsets) < 0).any()):
+        raise CorruptError(f"{root.name}/box_offsets: do not cut {detections} detections into rows", hint=RESTORE)
     return boxes, scores, box_regions, box_offsets
 
 

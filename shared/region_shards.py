@@ -97,7 +97,7 @@ def read_index(path: Path, rows_per_shard: int) -> np.ndarray[Any, Any]:
                 raise IndexDamage("shard is shorter than its index")
             file.seek(-size, os.SEEK_END)
             data = file.read(size)
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError):
         raise IndexDamage("missing") from None
     if crc32c(data[: -_CRC.size]) != data[-_CRC.size :]:
         raise IndexDamage("checksum of the shard's index differs")

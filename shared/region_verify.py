@@ -40,6 +40,7 @@ def verify_store(path: Path, card: Card, rows: int | Sequence[int] | None = None
     outputs = card.identity.outputs
     try:
         count, regions, grid = int(outputs["samples"]), len(outputs["regions"]), [int(size) for size in outputs["grid"]]
+        detections = int(outputs["detections"])
         roots = str(outputs["maps_root"]), str(outputs["detections_root"])
         lines_sha256, quarantine_sha256 = str(outputs["samples_sha256"]), str(outputs["quarantine_sha256"])
     except (KeyError, TypeError, ValueError):
@@ -67,7 +68,7 @@ def verify_store(path: Path, card: Card, rows: int | Sequence[int] | None = None
     if not broken & set(_MAPS):
         found += _maps(path, samples, wanted)
     if not broken & set(DETECTIONS):
-        found += _detections(path, samples)
+        found += _detections(path, samples, detections)
     return found
 
 
@@ -106,10 +107,8 @@ def _files(path: Path, broken: set[str]) -> Iterator[Finding]:
 def _maps(path: Path, samples: Sequence[SampleRow], wanted: Sequence[int]) -> Iterator[Finding]:
     try:
         maps, small = (ShardedArray(path / ARRAYS / name) for name in _MAPS)
-        if maps.shape[0] != len(samples) or small.shape != (
-            *maps.shape[:2],
-            *(size // QUARTER for size in maps.shape[2:]),
-        ):
+        cells = tuple(size // QUARTER for size in maps.shape[2:])
+        if maps.shape[0] != len(samples) or small.shape != (*maps.shape[:2], *cells):
             raise CorruptError(f"shapes {maps.shape} and {small.shape} do not fit {len(samples)} samples")
     except (CorruptError, IncompatibleError) as error:
         yield Finding(ARRAYS, error.message)
@@ -167,11 +166,9 @@ def _row_finding(path: Path, array: ShardedArray, sample: SampleRow, problem: st
     return Finding(file, f"row {sample.row} ({sample.sample_id}): {problem}")
 
 
-def _detections(path: Path, samples: Sequence[SampleRow]) -> Iterator[Finding]:
+def _detections(path: Path, samples: Sequence[SampleRow], detections: int) -> Iterator[Finding]:
     try:
-        boxes, scores, regions, offsets = read_detections(path / ARRAYS)
-        if len(offsets) != len(samples) + 1:
-            raise CorruptError(f"{ARRAYS}/box_offsets: {len(offsets)} offsets for {len(samples)} samples")
+        boxes, scores, regions, offsets = read_detections(path / ARRAYS, len(samples), detections)
     except CorruptError as error:
         yield Finding(ARRAYS, error.message)
         return
