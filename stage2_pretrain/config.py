@@ -1,0 +1,107 @@
+"""What stage 2 can be told. Importing this loads no torch."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from shared.config import Strict, runtime, validate
+from shared.errors import ConfigError
+from stage2_pretrain.masking import POLICIES
+from stage2_pretrain.masking.coverage import CoverageOptions
+from stage2_pretrain.window import WindowOptions
+
+
+class PretrainConfig(Strict):
+    """Stage 2: how images and their region maps become an encoder."""
+
+    method: dict[str, Any] = Field(
+        {"name": "spark"}, description="Pretraining method: its name, or 'name' and its own settings."
+    )
+    policy: dict[str, Any] = Field(
+        {"name": "region"},
+        description="Mask policy, where and how much to hide: its name, or 'name' and its own settings.",
+    )
+    coverage: CoverageOptions = Field(CoverageOptions(), description="How several regions become one coverage.")
+    window: WindowOptions = Field(WindowOptions(), description="How images are cropped, flipped and turned.")
+    backbone: str = Field("resnet50", description="timm architecture of the encoder.")
+    backbone_options: dict[str, Any] = Field(
+        {"output_stride": 16},
+        description="timm arguments of the backbone. output_stride is the side of a patch in pixels: "
+        "a smaller one gives a grid that tells smaller regions.",
+    )
+    size_px: int = Field(
+        224,
+        ge=32,
+        le=2048,
+        description="Side of the square image that the encoder sees, in pixels: a multiple of its stride.",
+    )
+    channels: Literal[1, 3] = Field(1, description="1: colour is reduced to grey. 3: grey is repeated.")
+    mean: float = Field(0.5, ge=0, le=1, description="Subtracted from pixels in [0, 1]; hidden pixels are then 0.")
+    std: float = Field(0.25, gt=0, le=1, description="Then divided by.")
+    epochs: int = Field(300, ge=1, lt=1 << 24, description="Passes over the samples.")
+    batch_size: int = Field(64, ge=2, description="Images a step, at most; an epoch is cut into equal batches.")
+    lr: float = Field(2e-4, gt=0, le=1, description="Peak learning rate of AdamW.")
+    min_lr: float = Field(1e-6, ge=0, description="Learning rate at the end of the cosine.")
+    warmup_epochs: int = Field(10, ge=0, description="Epochs of linear warm-up.")
+    weight_decay: float = Field(0.05, ge=0, le=1, description="AdamW weight decay; norms, biases and tokens have none.")
+    clip_norm: float = Field(5.0, gt=0, description="Gradient norm above which gradients are scaled down.")
+    seed: int = Field(0, ge=0, lt=1 << 64, description="Seed of masks, windows, order and initial weights.")
+    impl: Literal["auto", "reference"] = Field(
+        "auto", description="Backend of the mask sampler; all give the same bits."
+    )
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="Where to compute.")
+    threads: int | Literal["auto"] = Field("auto", description="CPU threads; auto: the cores this process may use.")
+    cache_mib: int = runtime(1024, "Memory for decoded images and maps, in MiB; the rest is read every epoch.", ge=0)
+    save_every_s: float = runtime(60.0, "Seconds between resumable states.", gt=0)
+    save_every_steps: int | None = runtime(None, "Also save a state every so many steps.", ge=1)
+    pictures: int = runtime(4, "Reconstructions in the report.", ge=0, le=16)
+
+    @field_validator("method", "policy", mode="before")
+    @classmethod
+    def _bare_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @field_validator("policy")
+    @classmethod
+    def _whole_policy(cls, value: dict[str, Any]) -> dict[str, Any]:
+        """Every option, defaults included: what ran is what resolved.yaml says."""
+        name, options = _named("policy", value)
+        return {"name": name, **validate(POLICIES.load(name).Options, options).model_dump(mode="json")}
+
+    @field_validator("method")
+    @classmethod
+    def _named_method(cls, value: dict[str, Any]) -> dict[str, Any]:
+        _named("method", value)
+        return value
+
+    @field_validator("threads")
+    @classmethod
+    def _some_threads(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value < 1:
+            raise ValueError("expected 1 or more, or auto")
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> PretrainConfig:
+        if self.warmup_epochs >= self.epochs > 1:
+            raise ValueError("warmup_epochs must be below epochs")
+        return self
+
+    @property
+    def policy_options(self) -> dict[str, Any]:
+        """The policy's settings without its name."""
+        return _named("policy", self.policy)[1]
+
+    @property
+    def method_options(self) -> dict[str, Any]:
+        """The method's settings without its name."""
+        return _named("method", self.method)[1]
+
+
+def _named(what: str, value: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    name = value.get("name")
+    if not isinstance(name, str):
+        raise ConfigError(f"{what}.name: required, not given")
+    return name, {key: item for key, item in value.items() if key != "name"}

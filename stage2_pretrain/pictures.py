@@ -1,0 +1,68 @@
+"""A few samples for the report: image, regions, what was hidden, what the method drew."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float32, Int32, UInt8
+from torch import Tensor
+
+from shared.report import Example
+from stage2_pretrain.masking.coverage import COVERAGE_MAX, cell_edges, orient
+from stage2_pretrain.steps import Steps
+
+
+def draw_examples(
+    steps: Steps,
+    method: Any,
+    names: Sequence[str],
+    *,
+    epoch: int,
+    normalise: Callable[[Tensor], Tensor],
+    restore: Callable[[Tensor], Tensor],
+) -> list[Example]:
+    """Draw the hidden patches of some samples as they were masked in an epoch.
+
+    Args:
+        steps: Of the run.
+        method: Trained.
+        names: Sample ids; none gives an empty list.
+        epoch: Whose windows and masks.
+        normalise: Pixels in [0, 1] to what the method takes.
+        restore: The reverse.
+    """
+    if not names:
+        return []
+    place = {name: index for index, name in enumerate(steps.dataset.sample_ids)}
+    batch = steps.dataset.batch([place[name] for name in names], epoch)
+    hidden = steps.sampler.draw(batch, epoch).hidden.reshape(-1, *steps.sampler.grid)
+    image = normalise(batch["image"])
+    drawn = restore(method.reconstruct(image, torch.from_numpy(~hidden).to(image.device))).clamp(0, 1).cpu()
+    regions = steps.dataset.store.regions
+    return [
+        Example(
+            sample_id=name,
+            image=batch["image"][i].numpy(),
+            maps=dict(zip(regions, window_maps(batch["maps"][i].numpy(), batch["window"][i].numpy()), strict=True)),
+            hidden=hidden[i],
+            reconstruction=drawn[i].numpy(),
+        )
+        for i, name in enumerate(names)
+    ]
+
+
+def window_maps(maps: UInt8[np.ndarray, "K H W"], window: Int32[np.ndarray, "8"]) -> Float32[np.ndarray, "K h w"]:
+    """The part of the region maps in a window, flipped and turned with it, in [0, 1].
+
+    Args:
+        maps: Of the whole image, 0 .. 254.
+        window: From `stage2_pretrain.window.draw_windows`.
+    """
+    top, left, height, width, image_height, image_width, flip, turns = window.tolist()
+    rows = cell_edges(top, height, image_height, maps.shape[1], 1)
+    columns = cell_edges(left, width, image_width, maps.shape[2], 1)
+    part = maps[:, rows[0] : rows[1], columns[0] : columns[1]].astype(np.float32) / np.float32(COVERAGE_MAX)
+    return orient(part, flip, turns)

@@ -1,0 +1,134 @@
+"""Batches with their masks, made one ahead of the model, and what is counted of them."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from shared.order import schedule
+from stage2_pretrain.data import RegionDataset
+from stage2_pretrain.masking.coverage import COVERAGE_MAX
+from stage2_pretrain.masking.sampler import Drawn, MaskSampler
+from stage2_pretrain.witness import WitnessRecorder
+
+_AHEAD = 2
+_INSIDE = (COVERAGE_MAX * 500 + 999) // 1000
+"""Coverage from which a patch counts as inside: the region policy's default, whatever the policy, so that the
+shares of different runs compare."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One batch and its masks.
+
+    Attributes:
+        image: [B, C, S, S] in [0, 1], on the CPU.
+        drawn: Its masks.
+        epoch: From 0.
+        sample_ids: One a row.
+    """
+
+    image: Tensor
+    drawn: Drawn
+    epoch: int
+    sample_ids: tuple[str, ...]
+
+
+class Steps:
+    """The steps of a run from any step on, loaded and masked by a thread while the model computes.
+
+    Args:
+        dataset: Images and maps.
+        sampler: Draws the masks.
+        batch_size: Images a step, at most.
+        seed: Of the run.
+
+    Attributes:
+        wait_s: Seconds that the model has waited for data.
+    """
+
+    def __init__(self, dataset: RegionDataset, sampler: MaskSampler, *, batch_size: int, seed: int) -> None:
+        self.dataset = dataset
+        self.sampler = sampler
+        self.batch_size = batch_size
+        self.seed = seed
+        self.wait_s = 0.0
+
+    def make(self, epoch: int, indices: Sequence[int]) -> Step:
+        """Load and mask some samples as they are in an epoch."""
+        batch = self.dataset.batch(indices, epoch)
+        names = tuple(self.dataset.sample_ids[index] for index in indices)
+        return Step(batch["image"], self.sampler.draw(batch, epoch), epoch, names)
+
+    def begin(self, begun: int) -> Iterator[tuple[Step, tuple[str, ...]]]:
+        """Endless steps after the first ``begun``, with their sample ids."""
+        plan = schedule(self.dataset.sample_ids, self.batch_size, self.seed, begun)
+        # One thread: the dataset holds the epoch's number, so items are asked for one batch at a time.
+        with ThreadPoolExecutor(1) as pool:
+            waiting: deque[Future[Step]] = deque(pool.submit(self.make, *next(plan)) for _ in range(_AHEAD))
+            try:
+                while True:
+                    started = time.perf_counter()
+                    step = waiting.popleft().result()
+                    self.wait_s += time.perf_counter() - started
+                    waiting.append(pool.submit(self.make, *next(plan)))
+                    yield step, step.sample_ids
+            finally:
+                for future in waiting:
+                    future.cancel()
+
+
+@dataclass
+class Tally:
+    """What beside the weights a resumed run needs: witnesses, and counts of the epoch under way and of the run."""
+
+    recorder: WitnessRecorder
+    epoch: dict[str, int] = field(default_factory=dict)
+    total: dict[str, int] = field(default_factory=lambda: {"clamped_draws": 0, "empty_draws": 0})
+
+    def add(self, step: Step, visible: Tensor) -> None:
+        """Count one step.
+
+        Args:
+            step: What was made.
+            visible: bool [B, gh, gw]: the very tensor that the encoder got.
+        """
+        hidden = ~visible.flatten(1).cpu().numpy()
+        self.recorder.record(step.sample_ids, step.epoch, 0, hidden)
+        inside = step.drawn.coverage >= _INSIDE
+        for name, flags in {
+            "inside": inside,
+            "outside": ~inside,
+            "hidden_inside": hidden & inside,
+            "hidden_outside": hidden & ~inside,
+        }.items():
+            self.epoch[name] = self.epoch.get(name, 0) + int(flags.sum())
+        self.total["clamped_draws"] += int(step.drawn.clamped.sum())
+        self.total["empty_draws"] += int(step.drawn.empty.sum())
+
+    def close_epoch(self) -> dict[str, float | None]:
+        """Shares of the patches hidden in the epoch: inside regions, outside, of all; None where there are none."""
+        counts, self.epoch = self.epoch, {}
+        inside, outside = counts["inside"], counts["outside"]
+        hidden = counts["hidden_inside"] + counts["hidden_outside"]
+        return {
+            "hidden_inside_share": counts["hidden_inside"] / inside if inside else None,
+            "hidden_outside_share": counts["hidden_outside"] / outside if outside else None,
+            "hidden_share": hidden / (inside + outside),
+        }
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """For `shared.loop`."""
+        tensors, meta = self.recorder.state()
+        return tensors, {"recorder": meta, "epoch": self.epoch, "total": self.total}
+
+    def load(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+        """For `shared.loop`."""
+        self.recorder.load(tensors, meta["recorder"])
+        self.epoch, self.total = dict(meta["epoch"]), dict(meta["total"])

@@ -1,0 +1,309 @@
+"""`pretrain`: images and a region store in, a published encoder out; the same call again continues."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from math import isqrt
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shared.artifact import Artifact, Input, publish, write_atomic
+from shared.backbones import build, export_encoder
+from shared.config import dump_yaml, validate
+from shared.config import spec as config_spec
+from shared.errors import ConfigError
+from shared.lease import Lease
+from shared.loop import VERSION as LOOP_VERSION
+from shared.loop import Fitted, Plan, fit
+from shared.merkle import tensor_digest
+from shared.order import steps_per_epoch
+from shared.regions import RegionStore, open_region_store
+from shared.report import pretrain_report
+from shared.runlog import RunLog, read_metrics
+from shared.workspace import begin, set_aside
+from stage2_pretrain.config import PretrainConfig
+from stage2_pretrain.data import RegionDataset
+from stage2_pretrain.masking.coverage import cell_edges
+from stage2_pretrain.masking.spec import MaskSpec, mask_section, mask_spec
+from stage2_pretrain.methods import METHODS
+from stage2_pretrain.pictures import draw_examples
+from stage2_pretrain.steps import Step, Steps, Tally
+from stage2_pretrain.witness import WitnessRecorder
+
+FEW_PATCHES = 16
+"""A grid of fewer can't tell a region."""
+
+
+def pretrain(
+    config: PretrainConfig, *, images: Path, regions: str, out: Path, fresh: bool = False, command: str = ""
+) -> Artifact:
+    """Train an encoder to draw what a mask policy hides, and publish it.
+
+    Args:
+        config: Settings.
+        images: Folder of images, or a list (`shared.images.find_sources`): those the store was made from.
+        regions: Region store, ``PATH[@sha256:...]``.
+        out: The run's folder; the same call on it continues, or is done at once.
+        fresh: Keep what is in ``out`` aside and start anew.
+        command: Command line with paths replaced by placeholders, for the card.
+
+    Returns:
+        The published encoder.
+
+    Raises:
+        ConfigError: Settings that do not fit each other or the store; nothing has been computed.
+        InputMissingError: Images or store that do not exist.
+        IncompatibleError: The store is another kind of artifact, unpublished, or not the pinned one.
+        CorruptError: The store, an image or the saved state is not what it was.
+        NonFiniteError: The loss became NaN or infinite; names the samples.
+        InterruptedRun: SIGTERM or SIGINT; the state is saved.
+    """
+    store = open_region_store(regions)
+    config = resolve(config)
+    torch.set_num_threads(int(config.threads))
+    if fresh:
+        set_aside(out)
+    with Lease(out):
+        run = _prepare(config, store, images, out)
+        inputs = [Input(role="regions", kind="region-store", artifact_id=store.card.artifact_id)]
+        _, card = begin(out, kind="encoder", inputs=inputs, spec=run.spec, resolved=dump_yaml(config), fresh=fresh)
+        if card is not None:
+            return Artifact(out, card)
+        with RunLog(out) as log:
+            outputs, metrics = _finish(run, *_train(run, log), log)
+        card = publish(
+            out, kind="encoder", inputs=inputs, spec=run.spec, outputs=outputs, command=command, metrics=metrics
+        )
+    return Artifact(out, card)
+
+
+def resolve(config: PretrainConfig) -> PretrainConfig:
+    """Replace every ``auto`` and fill in the method's own defaults.
+
+    Raises:
+        ConfigError: An unknown method, or settings that it does not take.
+    """
+    options = validate(METHODS.load(config.method["name"]).Options, config.method_options)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    update: dict[str, Any] = {"method": {"name": config.method["name"], **options.model_dump(mode="json")}}
+    if config.impl == "auto":
+        update["impl"] = "reference"
+    if config.device == "auto":
+        update["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+    if config.threads == "auto":
+        update["threads"] = cores
+    return config.model_copy(update=update)
+
+
+@dataclass
+class _Run:
+    config: PretrainConfig
+    dataset: RegionDataset
+    method: Any
+    masks: MaskSpec
+    steps: Steps
+    spec: dict[str, Any]
+    out: Path
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return steps_per_epoch(len(self.dataset), self.config.batch_size)
+
+    def normalise(self, image: Tensor) -> Tensor:
+        """Pixels as the encoder takes them."""
+        moved = image.to(self.config.device, memory_format=torch.channels_last)
+        return (moved - self.config.mean) / self.config.std
+
+
+def _prepare(config: PretrainConfig, store: RegionStore, images: Path, out: Path) -> _Run:
+    """Build every part, and refuse what does not fit before anything is computed or written."""
+    options = {name: value for name, value in config.backbone_options.items() if name != "output_stride"}
+    stride = config.backbone_options.get("output_stride")
+    backbone = build(
+        config.backbone, in_chans=config.channels, output_stride=stride, model_args=options, seed=config.seed
+    )
+    part = METHODS.load(config.method["name"])
+    method = part(validate(part.Options, config.method_options), backbone, size_px=config.size_px, seed=config.seed)
+    dataset = RegionDataset(
+        store,
+        images,
+        size_px=config.size_px,
+        channels=config.channels,
+        window=config.window,
+        seed=config.seed,
+        memory_bytes=config.cache_mib << 20,
+    )
+    if len(dataset) < 2:
+        raise ConfigError(f"region store: {len(dataset)} sample with maps; a batch needs 2 or more")
+    masks = mask_spec(
+        policy=config.policy["name"],
+        options=config.policy_options,
+        seed=config.seed,
+        grid=method.grid,
+        samples=len(dataset),
+        batch=config.batch_size,
+        steps=config.epochs * steps_per_epoch(len(dataset), config.batch_size),
+        coverage=config.coverage,
+        window=config.window,
+    )
+    _check_grid(method.grid, store, dataset, config.window.crop_scale[0])
+    plain = config_spec(config)
+    numeric = {"device": config.device, "dtype": "float32", "threads": config.threads}
+    spec = {
+        **{name: value for name, value in plain.items() if name not in ("device", "threads", "impl", *_IN_MASKS)},
+        "method": {**plain["method"], "version": part.version},
+        "mask": mask_section(masks),
+        "loop_version": LOOP_VERSION,
+        "numeric": numeric,
+    }
+    steps = Steps(dataset, masks.sampler(store.regions, config.impl), batch_size=config.batch_size, seed=config.seed)
+    return _Run(config, dataset, method, masks, steps, spec, out)
+
+
+_SHARES = {
+    "hidden_inside_share": "inside regions",
+    "hidden_outside_share": "outside regions",
+    "hidden_share": "overall",
+}
+_IN_MASKS = ("policy", "coverage", "window")
+"""Settings that the card holds in its section ``mask``."""
+
+
+def _check_grid(grid: tuple[int, int], store: RegionStore, dataset: RegionDataset, smallest_milli: int) -> None:
+    """Every patch must cover a map pixel, in the smallest window too."""
+    for size in {tuple(size) for size in dataset.sizes_px.tolist()}:
+        for axis in (0, 1):
+            crop_px = max(1, isqrt(size[axis] ** 2 * smallest_milli // 1000))
+            cell_edges(0, crop_px, size[axis], store.grid[axis], grid[axis])
+
+
+def _train(run: _Run, log: RunLog) -> tuple[Tally, Fitted]:
+    config, dataset, method = run.config, run.dataset, run.method
+    grid = run.masks.grid
+    log.info(
+        f"{len(dataset)} samples of {config.size_px} px, {grid[0]}x{grid[1]} patches, "
+        f"{config.epochs} epochs of {run.steps_per_epoch} steps; masks drawn by {config.impl} on {config.device}"
+    )
+    if run.masks.patches < FEW_PATCHES:
+        log.warn(
+            f"{run.masks.patches} patches: a grid that coarse can't tell a region; "
+            "set a lower backbone_options.output_stride or a larger size_px"
+        )
+    if dataset.absent:
+        log.warn(f"{dataset.absent} samples of the region store have no maps and are left out")
+    if dataset.extra:
+        log.warn(f"{dataset.extra} images are not in the region store and are left out")
+    method.to(config.device, memory_format=torch.channels_last).train()
+    tally = Tally(
+        WitnessRecorder(dataset.sample_ids, patches=run.masks.patches, epochs=run.masks.epochs, seed=config.seed)
+    )
+
+    def step(batch: Step, index: int) -> dict[str, Tensor]:
+        visible = torch.from_numpy(~batch.drawn.hidden).view(-1, *grid).to(config.device)
+        outputs: dict[str, Tensor] = method.loss(run.normalise(batch.image), visible)
+        tally.add(batch, visible)
+        return outputs
+
+    def after_step(done: int, scalars: dict[str, float]) -> None:
+        if done % run.steps_per_epoch == 0:
+            log.metric(done, epoch=done // run.steps_per_epoch, **tally.close_epoch())
+
+    plan = Plan(
+        steps=run.masks.steps,
+        lr=config.lr,
+        warmup_steps=config.warmup_epochs * run.steps_per_epoch,
+        lr_end=config.min_lr,
+        weight_decay=config.weight_decay,
+        clip_norm=config.clip_norm,
+        seed=config.seed,
+        checkpoint_s=config.save_every_s,
+        checkpoint_steps=config.save_every_steps,
+    )
+    fitted = fit(
+        method,
+        run.steps.begin,
+        step,
+        plan,
+        state=run.out / "run" / "state",
+        log=log,
+        extra=tally,
+        after_step=after_step,
+    )
+    return tally, fitted
+
+
+def _finish(run: _Run, tally: Tally, fitted: Fitted, log: RunLog) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Write everything but the card."""
+    config, recorder = run.config, tally.recorder
+    export_encoder(
+        run.method.backbone,
+        run.out / "encoder",
+        size_px=config.size_px,
+        mean=[config.mean] * config.channels,
+        std=[config.std] * config.channels,
+    )
+    state = run.method.backbone.model.state_dict()
+    outputs = {
+        "weights": tensor_digest({name: value.detach().cpu().numpy() for name, value in state.items()}),
+        "samples": len(run.dataset),
+        "absent": run.dataset.absent,
+        "epochs": config.epochs,
+        "steps": run.masks.steps,
+        **tally.total,
+        **recorder.write(run.out),
+    }
+    rows = read_metrics(run.out)
+    losses = [row["loss"] for row in rows if "loss" in row]
+    epochs = [row for row in rows if "epoch" in row]
+    metrics: dict[str, Any] = {
+        "loss_first_epoch": fmean(losses[: run.steps_per_epoch]),
+        "loss_last_epoch": fmean(losses[-run.steps_per_epoch :]),
+        **{name: epochs[-1][name] for name in _SHARES},
+    }
+    if fitted.samples:
+        metrics["images_per_s"] = fitted.samples / (fitted.busy_s + fitted.wait_s)
+        metrics["data_wait_share"] = fitted.wait_s / (fitted.busy_s + fitted.wait_s)
+    log.info(f"loss {metrics['loss_first_epoch']:.4g} in the first epoch, {metrics['loss_last_epoch']:.4g} in the last")
+    examples = draw_examples(
+        run.steps,
+        run.method,
+        recorder.witnesses[: config.pictures],
+        epoch=config.epochs - 1,
+        normalise=run.normalise,
+        restore=lambda image: image * config.std + config.mean,
+    )
+    facts: dict[str, object] = {
+        "backbone": config.backbone,
+        "method": config.method["name"],
+        "policy": config.policy["name"],
+        "patches": f"{run.masks.grid[0]}x{run.masks.grid[1]}",
+        "samples": len(run.dataset),
+        "epochs": config.epochs,
+        "draws recorded": outputs["draws"],
+        "of them clamped": outputs["clamped_draws"],
+        "of them without region": outputs["empty_draws"],
+        "loss": f"{metrics['loss_first_epoch']:.3f} to {metrics['loss_last_epoch']:.3f}",
+    }
+    if fitted.samples:
+        facts["images a second"] = f"{metrics['images_per_s']:.1f}"
+        facts["time waiting for data"] = f"{metrics['data_wait_share']:.1%}"
+    report = pretrain_report(
+        curves={"loss": ([row["step"] for row in rows if "loss" in row], losses)},
+        hidden={
+            label: (
+                [row["epoch"] for row in epochs if row[name] is not None],
+                [row[name] for row in epochs if row[name] is not None],
+            )
+            for name, label in _SHARES.items()
+        },
+        examples=examples,
+        facts=facts,
+        warnings=log.warnings,
+    )
+    write_atomic(run.out / "report.html", report.encode())
+    return outputs, metrics

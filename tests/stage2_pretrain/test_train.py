@@ -1,0 +1,248 @@
+"""`pretrain` from end to end: one id however it was cut off, witnesses that draw again, nothing silent."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import yaml
+from PIL import Image
+
+from shared.artifact import Artifact, read_card, verify
+from shared.backbones import load_encoder
+from shared.config import load
+from shared.errors import ConfigError, CorruptError, InterruptedRun, SpecMismatchError
+from shared.regions import open_region_store
+from shared.runlog import read_metrics
+from stage2_pretrain import train
+from stage2_pretrain.config import PretrainConfig
+from stage2_pretrain.train import pretrain
+from stage2_pretrain.witness import redraw
+from tests.stage2_pretrain.stores import write_discs, write_store
+
+ROOT = Path(__file__).parents[2]
+COUNT, EPOCHS = 9, 4
+RECIPE = {
+    "method": {"name": "spark", "decoder_width": 32},
+    "backbone": "resnet18",
+    "backbone_options": {"output_stride": 16, "layers": [1, 1, 1, 1], "channels": [8, 8, 12, 12]},
+    "size_px": 64,
+    "epochs": EPOCHS,
+    "batch_size": 4,
+    "warmup_epochs": 1,
+    "lr": 0.003,
+    "threads": 1,
+    "device": "cpu",
+    "save_every_steps": 2,
+    "pictures": 2,
+}
+STEPS = EPOCHS * 2
+
+
+def config(**changes) -> PretrainConfig:
+    return load(PretrainConfig, {**RECIPE, **changes})
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    write_discs(folder / "images", COUNT)
+    write_store(folder / "images", folder / "regions", quarantined=(5,))
+    return folder
+
+
+def run(corpus: Path, out: Path, **changes) -> Artifact:
+    return pretrain(config(**changes), images=corpus / "images", regions=str(corpus / "regions"), out=out)
+
+
+@pytest.fixture(scope="module")
+def whole(corpus: Path, tmp_path_factory) -> Artifact:
+    return run(corpus, tmp_path_factory.mktemp("whole") / "out")
+
+
+def test_what_is_published(whole: Artifact, corpus: Path) -> None:
+    assert not verify(whole.path, whole.card)
+    names = {path.name for path in whole.path.iterdir()}
+    assert names == {
+        "artifact.json",
+        "encoder",
+        "report.html",
+        "resolved.yaml",
+        "run",
+        "witnesses.json",
+        "witnesses.safetensors",
+    }
+    identity = whole.card.identity
+    assert (identity.kind, identity.inputs[0].role) == ("encoder", "regions")
+    assert identity.inputs[0].artifact_id == read_card(corpus / "regions").artifact_id
+    assert identity.spec["numeric"] == {"device": "cpu", "dtype": "float32", "threads": 1}
+    assert identity.spec["mask"]["policy"]["options"]["hide_inside"] == 800
+    outputs = identity.outputs
+    assert (outputs["samples"], outputs["absent"], outputs["draws"]) == (COUNT - 1, 1, EPOCHS * (COUNT - 1))
+    assert outputs["witness_draws"] == outputs["draws"]
+    resolved = yaml.safe_load((whole.path / "resolved.yaml").read_text())
+    assert resolved["impl"] == "reference"
+    assert resolved["policy"]["overall"] == 600
+    assert load(PretrainConfig, whole.path / "resolved.yaml") == config(impl="reference")
+    report = (whole.path / "report.html").read_text()
+    assert report.count("reconstruction") >= 2
+    assert "1 samples of the region store have no maps" in report
+    assert str(corpus) not in report + (whole.path / "run/run.log").read_text()
+
+
+def test_the_encoder_is_timms_and_learned_something(whole: Artifact) -> None:
+    theirs = timm.create_model(f"local-dir:{whole.path / 'encoder'}", pretrained=True).eval()
+    ours = load_encoder(whole.path / "encoder")
+    image = torch.rand(1, 1, 64, 64)
+    assert torch.equal(theirs(image), ours.model.eval()(image))
+    assert theirs(image).shape == (1, 12)
+    assert whole.card.provenance.metrics["loss_last_epoch"] < whole.card.provenance.metrics["loss_first_epoch"]
+    assert ours.model.bn1.num_batches_tracked == STEPS
+
+
+def test_every_mask_draws_again(whole: Artifact, corpus: Path) -> None:
+    found = redraw(open_region_store(corpus / "regions"), whole.card.identity.spec, whole.path)
+    assert (found.checked, found.draws, found.mismatches) == (EPOCHS * (COUNT - 1), EPOCHS * (COUNT - 1), ())
+
+
+def test_epochs_tell_what_was_hidden(whole: Artifact) -> None:
+    rows = [row for row in read_metrics(whole.path) if "epoch" in row]
+    assert [(row["epoch"], row["step"]) for row in rows] == [(e, e * 2) for e in range(1, EPOCHS + 1)]
+    for row in rows:
+        assert row["hidden_share"] == 10 / 16  # 600 thousandths of 16 patches, rounded
+        assert row["hidden_inside_share"] > row["hidden_outside_share"]
+
+
+def test_again_is_done_and_another_spec_is_refused(whole: Artifact, corpus: Path) -> None:
+    before = (whole.path / "artifact.json").stat().st_mtime_ns
+    assert run(corpus, whole.path, pictures=0, save_every_s=5.0).card == whole.card  # runtime fields do not matter
+    assert (whole.path / "artifact.json").stat().st_mtime_ns == before
+    with pytest.raises(SpecMismatchError, match=r"spec\.lr"):
+        run(corpus, whole.path, lr=0.004)
+    with pytest.raises(SpecMismatchError, match="hide_inside"):
+        run(corpus, whole.path, policy={"name": "region", "hide_inside": 700})
+
+
+SCRIPT = """
+import os, signal, sys
+from pathlib import Path
+import shared.loop as loop
+from stage2_pretrain import train
+from tests.stage2_pretrain.test_train import run
+def killed(*args, **options):
+    os.kill(os.getpid(), signal.SIGKILL)
+save = loop.save_state
+def save_and_die(folder, step, *args, **options):
+    save(folder, step, *args, **options)
+    if step >= int(sys.argv[3]):
+        killed()
+if sys.argv[3].isdigit():
+    loop.save_state = save_and_die
+else:
+    setattr(train, sys.argv[3], killed)
+run(Path(sys.argv[1]), Path(sys.argv[2]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["2", "5", "export_encoder", "publish"])
+def test_killed_and_continued_has_the_same_id(where: str, whole: Artifact, corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", SCRIPT, str(corpus), str(out), where]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, check=False, cwd=ROOT, env=environment, capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-2000:]
+    assert not (out / "artifact.json").exists()
+    made = run(corpus, out)
+    assert made.card.artifact_id == whole.card.artifact_id
+    assert not verify(out, made.card)
+    assert read_metrics(out) == read_metrics(whole.path)
+    assert "continuing from step" in (out / "run/run.log").read_text()
+
+
+def test_a_signal_saves_and_exits_75(whole: Artifact, corpus: Path, tmp_path: Path, monkeypatch) -> None:
+    add = train.Tally.add
+
+    def add_and_signal(self, step, visible):
+        add(self, step, visible)
+        if step.epoch == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(train.Tally, "add", add_and_signal)
+    with pytest.raises(InterruptedRun, match="state saved") as caught:
+        run(corpus, tmp_path / "out")
+    assert caught.value.exit_code == 75
+    monkeypatch.undo()
+    assert run(corpus, tmp_path / "out").card.artifact_id == whole.card.artifact_id
+
+
+def test_lost_states_are_never_a_silent_new_run(corpus: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(train, "export_encoder", lambda *args, **options: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(corpus, tmp_path / "out")
+    for path in (tmp_path / "out/run/state").rglob("*"):
+        if path.is_file():
+            path.unlink()
+    with pytest.raises(CorruptError, match="none is usable"):
+        run(corpus, tmp_path / "out")
+
+
+def test_what_the_seed_and_threads_do(whole: Artifact, corpus: Path, tmp_path: Path) -> None:
+    other = run(corpus, tmp_path / "a", seed=1).card.identity.outputs
+    mine = whole.card.identity.outputs
+    assert other["weights"] != mine["weights"]
+    assert other["witnesses"] != mine["witnesses"]
+    uniform = run(corpus, tmp_path / "b", policy="uniform").card.identity
+    assert uniform.outputs["draws"] == mine["draws"]
+    assert uniform.outputs["weights"] != mine["weights"]
+
+
+def test_colour_images_and_three_channels(corpus: Path, tmp_path: Path) -> None:
+    made = run(corpus, tmp_path / "out", channels=3, epochs=1, warmup_epochs=0)
+    assert load_encoder(made.path / "encoder").in_chans == 3
+
+
+def test_a_coarse_grid_is_warned_of(corpus: Path, tmp_path: Path) -> None:
+    options = {**RECIPE["backbone_options"], "output_stride": 32}
+    run(corpus, tmp_path / "out", backbone_options=options, epochs=1, warmup_epochs=0)
+    assert "warning: 4 patches: a grid that coarse can't tell a region" in (tmp_path / "out/run/run.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"size_px": 72}, "size_px: 72 is no multiple of the encoder's stride 16"),
+        ({"size_px": 1600}, "grid: 100 patches along .* pixels of the region map"),
+        ({"method": {"name": "sparks"}}, "unknown method 'sparks'"),
+        ({"method": {"name": "spark", "decoder_widht": 8}}, "decoder_widht: unknown key. Did you mean 'decoder_width'"),
+        ({"policy": {"name": "region", "hide_insde": 8}}, "hide_insde: unknown key. Did you mean 'hide_inside'"),
+        ({"policy": {"hide_inside": 8}}, "policy.name: required"),
+        ({"epochs": 3, "warmup_epochs": 3}, "warmup_epochs must be below epochs"),
+        ({"threads": 0}, "expected 1 or more"),
+        ({"coverage": {"weights": {"disk": 1}}}, "coverage.weights.disk: no such region"),
+    ],
+)
+def test_refused_before_anything_is_computed(changes: dict, message: str, corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run(corpus, tmp_path / "out", **changes)
+    assert not (tmp_path / "out/run/spec.json").exists()
+
+
+def test_one_sample_is_too_few(tmp_path: Path) -> None:
+    write_discs(tmp_path / "images", 2)
+    write_store(tmp_path / "images", tmp_path / "regions", quarantined=(0,))
+    with pytest.raises(ConfigError, match="1 sample with maps; a batch needs 2"):
+        run(tmp_path, tmp_path / "out")
+
+
+def test_a_changed_image_is_found(tmp_path: Path) -> None:
+    write_discs(tmp_path / "images", 4)
+    write_store(tmp_path / "images", tmp_path / "regions")
+    Image.fromarray(np.zeros((70, 90), np.uint8)).save(tmp_path / "images/00.png")
+    with pytest.raises(CorruptError, match=r"00\.png"):
+        run(tmp_path, tmp_path / "out", epochs=1, warmup_epochs=0)
