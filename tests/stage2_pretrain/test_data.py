@@ -112,12 +112,18 @@ def test_a_store_without_maps_is_refused(tmp_path: Path) -> None:
         build(tmp_path, volumes)
 
 
-@pytest.mark.parametrize("damage", ["other", "truncated"])
+@pytest.mark.parametrize("damage", ["pixel", "truncated", "size"])
 def test_a_changed_file_is_exit_4(images: Path, damage: str) -> None:
     dataset = build(images)
     path = images / "003.png"
-    if damage == "other":
-        Image.open(images / "001.png").save(path)
+    if damage == "pixel":
+        with Image.open(path) as image:
+            changed = np.array(image)
+        changed[0, 0] ^= 1
+        Image.fromarray(changed).save(path)
+    elif damage == "size":
+        # The right file, but not of the size that its maps were made at: a store that lies.
+        dataset.sizes_px[3] += 1
     else:
         path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(SourceChangedError, match=r"003\.png") as caught:
