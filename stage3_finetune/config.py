@@ -12,8 +12,10 @@ from shared.config import Strict, runtime
 class AugmentConfig(Strict):
     """What training images may undergo; val and test images never do. All zero or off: nothing."""
 
-    crop_scale_milli: tuple[int, int] = Field(
-        (850, 1000), description="Range of the crop's side over the image's side, in thousandths, 1 to 1000."
+    crop_scale: tuple[int, int] = Field(
+        (700, 1000),
+        description="Smallest and largest share of the image's area to crop, in thousandths, both 1 to 1000; the "
+        "image's aspect is kept. [1000, 1000]: never crop.",
     )
     flip: bool = Field(True, description="Mirror left and right in half of the draws; off where sides matter.")
     brightness_milli: int = Field(100, ge=0, le=1000, description="Largest shift of all pixels, in thousandths.")
@@ -21,9 +23,8 @@ class AugmentConfig(Strict):
 
     @model_validator(mode="after")
     def _ordered(self) -> AugmentConfig:
-        low, high = self.crop_scale_milli
-        if not 1 <= low <= high <= 1000:
-            raise ValueError("crop_scale_milli must be two numbers LOW <= HIGH in 1..1000")
+        if not 1 <= self.crop_scale[0] <= self.crop_scale[1] <= 1000:
+            raise ValueError("crop_scale must be two thousandths, 1 <= smallest <= largest <= 1000")
         return self
 
 
@@ -61,9 +62,12 @@ class FinetuneConfig(Strict):
     workers: int = runtime(0, "Loader processes; results do not depend on them.", ge=0, le=256)
     cache_mib: int = runtime(1024, "Memory for decoded images, in MiB; the rest is decoded every epoch.", ge=0)
     save_every_s: float = runtime(60.0, "Seconds between resumable states.", gt=0)
+    save_every_steps: int | None = runtime(None, "Also save a state every so many steps.", ge=1)
 
     @model_validator(mode="after")
     def _consistent(self) -> FinetuneConfig:
+        if isinstance(self.threads, int) and self.threads < 1:
+            raise ValueError("threads must be 1 or more, or auto")
         if self.val_milli + self.test_milli >= 1000:
             raise ValueError("val_milli + test_milli must leave something to train on (below 1000)")
         if self.warmup_epochs >= self.epochs > 1:

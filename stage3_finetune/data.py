@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from math import isqrt
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from shared.artifact import file_sha256
 from shared.config import digest
 from shared.errors import CorruptError, DecodeError
 from shared.images import Source, read_image
-from shared.rng import uniform_u32
+from shared.rng import below, uniform_u32
 from stage3_finetune.config import AugmentConfig
 from stage3_finetune.labels import Example
 
@@ -166,20 +167,16 @@ def augment_image(
 
     The crop is an integer window of the image's own aspect; values are clipped to [0, 1] again.
     """
-    draw = [int(word) for word in words]
-
-    def pick(word: int, count: int) -> int:
-        return (word * count) >> 32
-
-    low, high = augment.crop_scale_milli
-    milli = low + pick(draw[0], high - low + 1)
-    height, width = (max(1, side * milli // 1000) for side in pixels.shape[1:])
-    top, left = pick(draw[1], pixels.shape[1] - height + 1), pick(draw[2], pixels.shape[2] - width + 1)
+    full = np.array(pixels.shape[1:])
+    smallest, largest = augment.crop_scale
+    milli = smallest + int(below(words[0], largest - smallest + 1))
+    crop = np.array([max(1, isqrt(side * side * milli // 1000)) for side in full.tolist()])
+    (top, left), (height, width) = below(words[1:3], full - crop + 1), crop
     out = pixels[:, top : top + height, left : left + width]
-    if augment.flip and draw[3] >> 31:
+    if augment.flip and int(words[3]) >> 31:
         out = out[:, :, ::-1]
-    contrast = 1000 + pick(draw[4], 2 * augment.contrast_milli + 1) - augment.contrast_milli
-    brightness = pick(draw[5], 2 * augment.brightness_milli + 1) - augment.brightness_milli
+    contrast = 1000 + int(below(words[4], 2 * augment.contrast_milli + 1)) - augment.contrast_milli
+    brightness = int(below(words[5], 2 * augment.brightness_milli + 1)) - augment.brightness_milli
     if contrast != 1000 or brightness:
         mean = np.float32(out.mean())
         out = np.clip((out - mean) * np.float32(contrast / 1000) + mean + np.float32(brightness / 1000), 0, 1)

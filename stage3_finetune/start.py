@@ -72,8 +72,8 @@ def start_from(config: FinetuneConfig, encoder: str | None) -> Start:
         tuple(stored["mean"]),
         tuple(stored["std"]),
         (Input(role="encoder", kind="encoder", artifact_id=card.artifact_id),),
-        f"encoder {backbone.name} sha256:{card.artifact_id[:16]}: all {len(backbone.model.state_dict())} tensors"
-        " kept, a new classifier on top",
+        f"encoder {card.artifact_id[:16]}: {backbone.name}, all {len(backbone.model.state_dict())} tensors kept, "
+        "a new classifier on top",
     )
     asked: dict[str, tuple[Any, Any]] = {
         "backbone": (config.backbone, backbone.name),
@@ -95,7 +95,7 @@ def _random(config: FinetuneConfig) -> Start:
     backbone = build(
         name, in_chans=channels, output_stride=args.pop("output_stride", None), model_args=args, seed=config.seed
     )
-    return Start(backbone, (_MEAN,) * channels, (_STD,) * channels, (), f"{name} from scratch, seed {config.seed}")
+    return Start(backbone, (_MEAN,) * channels, (_STD,) * channels, (), f"from scratch: {name}, seed {config.seed}")
 
 
 def _check_files(folder: Path, card: Card) -> None:

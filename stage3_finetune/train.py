@@ -30,6 +30,7 @@ from stage3_finetune.labels import Labels, load_labels
 from stage3_finetune.metrics import Scores
 from stage3_finetune.predictions import Predictions, read_predictions, write_predictions
 from stage3_finetune.start import Start, start_from
+from stage3_finetune.summary import write_report
 from stage3_finetune.tasks import TASKS
 from stage3_finetune.validation import BestOnVal
 
@@ -147,6 +148,8 @@ def finetune(
             model.to(config.device)
             run = _Run(config, table, sources, sha256, start, task, out, log)
             outputs, metrics = _finish(run, _train(run), start.inputs)
+        for path in out.glob("**/.*.tmp"):  # what a kill left of a file that was then written anew
+            path.unlink()
         card = publish(
             out, kind="model", inputs=start.inputs, spec=spec, outputs=outputs, command=command, metrics=metrics
         )
@@ -192,6 +195,7 @@ def _train(run: _Run) -> BestOnVal | None:
         clip_norm=config.clip_norm,
         seed=config.seed,
         checkpoint_s=config.save_every_s,
+        checkpoint_steps=config.save_every_steps,
     )
 
     def batches(begun: int) -> Iterator[tuple[Batch, tuple[str, ...]]]:
@@ -225,12 +229,14 @@ def _finish(run: _Run, best: BestOnVal | None, inputs: tuple[Input, ...]) -> tup
     weights = {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
     splits = ("val", "test") if best else ("test",)
     predictions = _predict_once(run, run.out / "predictions.csv", splits)
-    metrics: dict[str, Any] = {"start": "encoder" if inputs else "scratch"}
-    for split in splits:
-        scores = _score(run, predictions.part(split))
-        metrics[split] = scores.as_dict()
-        for line in scores.lines():
+    scores = {split: _score(run, predictions.part(split)) for split in splits}
+    for split, found in scores.items():
+        for line in found.lines():
             run.log.info(f"{split}: {line}")
+    metrics: dict[str, Any] = {
+        "start": "encoder" if inputs else "scratch",
+        **{split: found.as_dict() for split, found in scores.items()},
+    }
     outputs: dict[str, Any] = {
         "weights": tensor_digest({name: value.numpy() for name, value in weights.items()}),
         "predictions": predictions.sha256,
@@ -239,12 +245,14 @@ def _finish(run: _Run, best: BestOnVal | None, inputs: tuple[Input, ...]) -> tup
         "tensors_new": len(run.task.head) if inputs else len(weights),
         **{split: len(run.labels.part(split)) for split in ("train", *splits)},
     }
+    beside = None
     if best:
         model.load_state_dict(best.weights)
-        beside = _predict_once(run, run.out / "predictions_best_on_val.csv", ("test",))
+        others = _predict_once(run, run.out / "predictions_best_on_val.csv", ("test",))
         model.load_state_dict(weights)
-        outputs["predictions_best_on_val"] = beside.sha256
-        metrics["best_on_val"] = {"epoch": best.epoch, "test": _score(run, beside).as_dict()}
+        outputs["predictions_best_on_val"] = others.sha256
+        beside = best.epoch, _score(run, others)
+        metrics["best_on_val"] = {"epoch": best.epoch, "test": beside[1].as_dict()}
     export_model(
         model,
         run.out / "model",
@@ -253,7 +261,25 @@ def _finish(run: _Run, best: BestOnVal | None, inputs: tuple[Input, ...]) -> tup
         classes=run.labels.classes,
         preprocessing=run.start.preprocessing(run.config.size_px),
     )
+    write_report(
+        run.out,
+        scores["test"],
+        beside=beside,
+        per_epoch=steps_per_epoch(outputs["train"], run.config.batch_size),
+        facts=_facts(run),
+        warnings=run.log.warnings,
+    )
     return outputs, metrics
+
+
+def _facts(run: _Run) -> dict[str, Any]:
+    parts = {split: run.labels.part(split) for split in ("train", "val", "test")}
+    return {
+        "start": run.start.line.split(":")[0],
+        "architecture": f"{run.config.backbone}, {run.config.size_px} px",
+        "epochs": run.config.epochs,
+        **{name: f"{len(rows)} in {len({row.group for row in rows})} groups" for name, rows in parts.items() if rows},
+    }
 
 
 def _predict_once(run: _Run, path: Path, splits: tuple[str, ...]) -> Predictions:

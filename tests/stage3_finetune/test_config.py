@@ -24,7 +24,8 @@ def test_unknown_keys_are_named_with_the_nearest() -> None:
         ({"val_milli": 500, "test_milli": 500}, "val_milli"),
         ({"epochs": 2, "warmup_epochs": 2}, "warmup_epochs"),
         ({"classes": ["a", "a"]}, "classes"),
-        ({"augment": {"crop_scale_milli": [900, 800]}}, "crop_scale_milli"),
+        ({"augment": {"crop_scale": [900, 800]}}, "crop_scale"),
+        ({"threads": 0}, "threads"),
         ({"batch_size": 1}, "batch_size"),
     ],
 )
@@ -37,7 +38,7 @@ def test_runtime_fields_stay_out_of_the_specification() -> None:
     plain = spec(FinetuneConfig())
     assert spec(FinetuneConfig(workers=3, cache_mib=0, save_every_s=1.0)) == plain
     assert spec(FinetuneConfig(seed=1)) != plain
-    assert not {"workers", "cache_mib", "save_every_s"} & set(plain)
+    assert not {"workers", "cache_mib", "save_every_s", "save_every_steps"} & set(plain)
 
 
 def test_every_field_is_described_and_importing_loads_no_torch() -> None:

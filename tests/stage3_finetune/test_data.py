@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from itertools import islice
+from math import isqrt
 
 import numpy as np
 import pytest
@@ -98,10 +99,10 @@ def test_a_file_that_changes_or_cannot_be_read_stops_the_run(tmp_path) -> None:
     one = Part([example], CLASSES, sha256=digest_images(sources, [example])[0], **settings)
     assert one.item(0, 0).sum() == 0
     Image.fromarray(np.ones((40, 40), np.uint8)).save(tmp_path / "dark00.png")
-    with pytest.raises(CorruptError, match="'dark00.png'"):
+    with pytest.raises(CorruptError, match=r"'dark00\.png'"):
         one.item(0, 0)
     (tmp_path / "dark00.png").write_bytes(b"no image")
-    with pytest.raises(DecodeError, match="'dark00.png'") as caught:
+    with pytest.raises(DecodeError, match=r"'dark00\.png'") as caught:
         one.item(0, 0)
     assert "take its row out" in caught.value.hint
 
@@ -121,16 +122,16 @@ def test_the_digest_of_images_is_of_ids_and_bytes(images, tmp_path) -> None:
 def test_crops_stay_inside_and_keep_their_range(height, width, low, seed) -> None:
     pixels = np.random.default_rng(seed).random((1, height, width), np.float32)
     words = uniform_u32("test", seed, "sample", 0, 6)
-    out = augment_image(pixels, AugmentConfig(crop_scale_milli=(low, 1000)), words)
+    out = augment_image(pixels, AugmentConfig(crop_scale=(low, 1000)), words)
     assert out.dtype == np.float32
     assert 0 <= out.min() <= out.max() <= 1
-    assert max(1, height * low // 1000) <= out.shape[1] <= height
-    assert max(1, width * low // 1000) <= out.shape[2] <= width
+    assert max(1, isqrt(height**2 * low // 1000)) <= out.shape[1] <= height
+    assert max(1, isqrt(width**2 * low // 1000)) <= out.shape[2] <= width
 
 
 def test_augmentation_that_is_off_changes_nothing_and_a_flip_is_a_mirror() -> None:
     pixels = np.arange(12, dtype=np.float32).reshape(1, 3, 4) / 12
-    off = AugmentConfig(crop_scale_milli=(1000, 1000), flip=False, brightness_milli=0, contrast_milli=0)
+    off = AugmentConfig(crop_scale=(1000, 1000), flip=False, brightness_milli=0, contrast_milli=0)
     words = np.full(6, 0xFFFFFFFF, np.uint32)
     np.testing.assert_array_equal(augment_image(pixels, off, words), pixels)
     flipped = augment_image(pixels, off.model_copy(update={"flip": True}), words)

@@ -144,7 +144,9 @@ def test_splits_keep_groups_whole_and_train_never_loses_a_class(sizes, seed, val
 
 
 def test_shares_are_met_class_by_class_and_the_seed_matters() -> None:
-    examples = [Example(f"{c}{g}-{n}", c, f"{c}{g}") for c, many in (("a", 40), ("b", 80)) for g in range(many) for n in "12"]
+    examples = [
+        Example(f"{c}{g}-{n}", c, f"{c}{g}") for c, many in (("a", 40), ("b", 80)) for g in range(many) for n in "12"
+    ]
     split = split_by_group(examples, val_milli=150, test_milli=200, seed=0)
     counts = Counter((e.label, e.split) for e in split)
     assert {key: counts[key] for key in counts if key[1] != "train"} == {

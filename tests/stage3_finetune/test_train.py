@@ -55,8 +55,17 @@ def test_publishes_a_model_that_timm_loads_and_that_predicts_what_the_table_says
     outputs = card.identity.outputs
     assert (outputs["train"], outputs["val"], outputs["test"], outputs["classes"]) == (36, 9, 9, 3)
     assert {path.name for path in made.path.iterdir()} == {
-        "artifact.json", "model", "predictions.csv", "predictions_best_on_val.csv", "report.html", "resolved.yaml", "run"
-    }  # fmt: skip
+        "artifact.json",
+        "model",
+        "predictions.csv",
+        "predictions_best_on_val.csv",
+        "report.html",
+        "resolved.yaml",
+        "run",
+    }
+    report = (made.path / "report.html").read_text()
+    assert "9 samples in 3 groups" in report
+    assert "best on val, epoch" in report
 
     model = timm.create_model(f"local-dir:{made.path / 'model'}", pretrained=True).eval()
     assert list(model.pretrained_cfg["label_names"]) == list(CLASSES)
@@ -120,17 +129,17 @@ def test_done_is_done_and_another_specification_is_refused(run) -> None:
 
 def test_fresh_keeps_the_old_run_aside(run, quick, images, table, tmp_path) -> None:
     first = run().card.artifact_id
-    made = train.finetune(
-        quick(seed=1), images=images, labels=table(), encoder=None, out=tmp_path / "out", fresh=True
-    )
+    made = train.finetune(quick(seed=1), images=images, labels=table(), encoder=None, out=tmp_path / "out", fresh=True)
     assert made.card.artifact_id != first
     assert read_card(tmp_path / "out.old-1").artifact_id == first
     with pytest.raises(InputMissingError):
-        train.finetune(quick(), images=images, labels=tmp_path / "no.csv", encoder=None, out=tmp_path / "out", fresh=True)
+        train.finetune(
+            quick(), images=images, labels=tmp_path / "no.csv", encoder=None, out=tmp_path / "out", fresh=True
+        )
     assert read_card(tmp_path / "out").artifact_id == made.card.artifact_id  # nothing is moved for a run that cannot be
 
 
-def test_test_is_opened_after_training_and_never_again(run, monkeypatch) -> None:
+def test_test_is_opened_after_training_and_never_again(run, monkeypatch, tmp_path) -> None:
     opened: list[str] = []
 
     class Watched(Part):
@@ -153,7 +162,10 @@ def test_test_is_opened_after_training_and_never_again(run, monkeypatch) -> None
             run()
     assert opened == ["train", "val", "trained", "val", "test", "test"]  # last epoch, then best on val
     opened.clear()
+    torn = tmp_path / "out" / ".predictions.csv.1.tmp"
+    torn.touch()
     finished = run()
+    assert not torn.exists()
     assert opened == ["train", "val", "trained"]
     assert finished.card.artifact_id == run(out="uninterrupted").card.artifact_id
 
@@ -266,9 +278,7 @@ def test_kill_9_five_times_and_the_id_is_the_uninterrupted_ones(run, quick, imag
         assert not (tmp_path / "killed/artifact.json").exists()
         states.append(json.loads((tmp_path / "killed/run/state/newest.json").read_text())["step"])
     assert states == [1, 4, 9, 9, 9]
-    interrupted = train.finetune(
-        settings, images=images, labels=table(), encoder=str(encoder), out=tmp_path / "killed"
-    )
+    interrupted = train.finetune(settings, images=images, labels=table(), encoder=str(encoder), out=tmp_path / "killed")
     whole = run(encoder, "whole", epochs=3)
     assert interrupted.card.artifact_id == whole.card.artifact_id
     steps = [row["step"] for row in read_metrics(interrupted.path) if "loss" in row]
