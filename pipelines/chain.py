@@ -118,7 +118,7 @@ def run_chain(
             raise InputMissingError("--labels: not given, and the recipe finetunes")
         _finetune(config, config.finetune, images, labels, out, summary, command)
     _audit(out, summary, command)
-    _step(summary, "report", lambda: _report(out, summary))
+    _step(summary, "report", lambda: _report(out, summary, config.corpus == "template"))
     return summary
 
 
@@ -199,10 +199,10 @@ def _failed(code: int, message: str) -> MwmError:
     return CorruptError(message, hint=hint) if code == 4 else DriftError(message, hint=hint)
 
 
-def _report(out: Path, summary: Summary) -> None:
+def _report(out: Path, summary: Summary, template: bool) -> None:
     from pipelines.chain_report import chain_report
 
-    write_atomic(out / "report.html", chain_report(out, summary).encode())
+    write_atomic(out / "report.html", chain_report(out, summary, template=template).encode())
     (out / "run").mkdir(exist_ok=True)
     line = json.dumps({"pid": os.getpid(), **summary.as_dict()["seconds"]})
     with (out / "run" / "seconds.jsonl").open("a", encoding="utf-8") as file:

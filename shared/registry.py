@@ -19,7 +19,7 @@ class Registry(Mapping[str, str]):
     """An immutable table of named parts.
 
     Args:
-        what: Singular noun used in messages, e.g. ``"grounder"``; the entry-point group is ``mwm.<what>s``.
+        what: Singular noun used in messages, e.g. ``"grounder"``; its plural names the entry-point group.
         table: Name -> ``"package.module:attribute"``.
     """
 
@@ -51,5 +51,6 @@ class Registry(Mapping[str, str]):
         return getattr(import_module(module), attribute)
 
     def _entries(self) -> dict[str, str]:
-        found = {point.name: point.value for point in entry_points(group=f"mwm.{self.what}s")}
+        plural = f"{self.what[:-1]}ies" if self.what.endswith("y") else f"{self.what}s"
+        found = {point.name: point.value for point in entry_points(group=f"mwm.{plural}")}
         return {**found, **self._table}

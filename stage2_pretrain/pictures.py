@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,9 +12,12 @@ import torch
 from jaxtyping import Float32, Int32, UInt8
 from torch import Tensor
 
+from shared.artifact import write_atomic
 from shared.report import Example
 from stage2_pretrain.masking.coverage import COVERAGE_MAX, cell_edges, orient
 from stage2_pretrain.steps import Steps
+
+EXAMPLES = "examples.safetensors"
 
 
 def draw_examples(
@@ -52,6 +57,37 @@ def draw_examples(
         )
         for i, name in enumerate(names)
     ]
+
+
+def write_examples(out: Path, examples: Sequence[Example]) -> None:
+    """Keep examples beside the encoder, 8 bits a value, for reports that span stages."""
+    from safetensors.numpy import save
+
+    tensors = {}
+    for index, example in enumerate(examples):
+        maps = np.stack([*example.maps.values()])
+        parts = {"image": example.image, "maps": maps, "hidden": example.hidden, "drawn": example.reconstruction}
+        for name, values in parts.items():
+            tensors[f"{index}.{name}"] = (np.asarray(values, np.float32) * 255 + 0.5).astype(np.uint8)
+    known = {"ids": [item.sample_id for item in examples], "regions": list(examples[0].maps) if examples else []}
+    write_atomic(out / EXAMPLES, save(tensors, {"examples": json.dumps(known)}))
+
+
+def read_examples(folder: Path) -> list[Example]:
+    """What `write_examples` kept in an encoder's folder."""
+    from safetensors import safe_open
+
+    with safe_open(folder / EXAMPLES, "np") as file:
+        known = json.loads(file.metadata()["examples"])
+        found = []
+        for index, sample_id in enumerate(known["ids"]):
+            image, maps, hidden, drawn = (
+                file.get_tensor(f"{index}.{name}").astype(np.float32) / 255
+                for name in ("image", "maps", "hidden", "drawn")
+            )
+            by_region = dict(zip(known["regions"], maps, strict=True))
+            found.append(Example(sample_id, image, by_region, hidden > 0.5, drawn))
+    return found
 
 
 def window_maps(maps: UInt8[np.ndarray, "K H W"], window: Int32[np.ndarray, "8"]) -> Float32[np.ndarray, "K h w"]:

@@ -31,7 +31,7 @@ from stage2_pretrain.data import RegionDataset
 from stage2_pretrain.masking.coverage import cell_edges
 from stage2_pretrain.masking.spec import MaskSpec, mask_section, mask_spec
 from stage2_pretrain.methods import METHODS
-from stage2_pretrain.pictures import draw_examples
+from stage2_pretrain.pictures import draw_examples, write_examples
 from stage2_pretrain.steps import Step, Steps, Tally
 from stage2_pretrain.witness import WitnessRecorder
 
@@ -277,6 +277,7 @@ def _finish(run: _Run, tally: Tally, fitted: Fitted, log: RunLog) -> tuple[dict[
         normalise=run.normalise,
         restore=lambda image: image * config.std + config.mean,
     )
+    write_examples(run.out, examples)
     facts: dict[str, object] = {
         "backbone": config.backbone,
         "method": config.method["name"],
