@@ -41,7 +41,7 @@ class LocalizeConfig(Strict):
     grid_px: int = Field(
         MAP_SIZE_PX, ge=16, le=1024, multiple_of=4, description="Side of the stored maps in px, image's own frame."
     )
-    micro_batch: int = Field(8, ge=1, le=256, description="Images that share a model call; part of the identity.")
+    micro_batch: int = Field(8, ge=1, le=256, description="Images a model call, at most; part of the identity.")
     max_failures: int | float = runtime(
         0.1, "Quarantined images allowed: a count, or a fraction below 1 of all; more end the run with exit 6.", ge=0
     )

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import secrets
 import shutil
-import signal
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from shared.artifact import CARD, Input, publish
@@ -21,10 +18,11 @@ from shared.errors import CorruptError, DiskFullError, InterruptedRun, Quarantin
 from shared.images import Source, find_sources
 from shared.lease import Lease
 from shared.region_journal import LAYOUT
-from shared.region_layout import Layout
+from shared.region_layout import Layout, plan_rows_per_shard
 from shared.region_writer import FINISHED, create_store, drop_journal, finalise, pending_shards
 from shared.regions import RegionStore, open_region_store
 from shared.runlog import RunLog
+from shared.signals import Signals
 from shared.workspace import begin, set_aside
 from stage1_localize.config import LocalizeConfig
 from stage1_localize.fuse import VERSION as FUSE_VERSION
@@ -76,6 +74,9 @@ def localize(
     with Lease(out):
         corpus = list_corpus(sources)
         inputs = [Input(role="images", kind="corpus", artifact_id=corpus_id(corpus))]
+        grid = (config.grid_px, config.grid_px)
+        rows_per_shard = plan_rows_per_shard(len(corpus), len(config.regions), grid)
+        config = config.model_copy(update={"micro_batch": even_micro_batch(config.micro_batch, rows_per_shard)})
         spec = specify(config, parts)
         status, _ = begin(out, kind="region-store", inputs=inputs, spec=spec, resolved=dump_yaml(config), fresh=fresh)
         if status != "done":
@@ -98,6 +99,16 @@ def specify(config: LocalizeConfig, parts: Parts) -> dict[str, Any]:
         "decoding": {"version": DECODE_VERSION},
         "numeric": {"dtype": "float32", "device": "cpu", "threads": 1, "micro_batch": config.micro_batch},
     }
+
+
+def even_micro_batch(asked: int, rows_per_shard: int) -> int:
+    """The micro-batch that cuts a shard into as many pieces as ``asked`` does, but with the least padding.
+
+    >>> even_micro_batch(8, 1024), even_micro_batch(8, 9), even_micro_batch(8, 3)
+    (8, 5, 3)
+    """
+    pieces = -(-rows_per_shard // asked)
+    return -(-rows_per_shard // pieces)
 
 
 class _Run:
@@ -266,30 +277,3 @@ class _Run:
                 f"{self.out.name}: {self.signals.caught} after {done} of {self.layout.samples} images; they are kept",
                 hint="run the same command: it continues",
             )
-
-
-class Signals:
-    """Remember SIGTERM or SIGINT instead of dying; the second one of a kind acts as it did before.
-
-    Attributes:
-        caught: Name of the first signal, or None.
-    """
-
-    def __init__(self) -> None:
-        self.caught: str | None = None
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> Signals:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._before[number] = signal.signal(number, self._catch)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before = {}
-
-    def _catch(self, number: int, frame: FrameType | None) -> None:
-        self.caught = signal.Signals(number).name
-        signal.signal(number, self._before.pop(number))

@@ -31,7 +31,7 @@ def refuse(path: Path) -> DecodeError:
 
 
 def saved(folder: Path, image: Pillow.Image, name: str = "a.png", **options: object) -> Path:
-    image.save(folder / name, **options)  # type: ignore[arg-type]
+    image.save(folder / name, **options)
     return folder / name
 
 
@@ -54,7 +54,7 @@ def test_grey_is_one_channel_over_255(tmp_path: Path) -> None:
 )
 def test_modes_of_a_png(tmp_path: Path, mode: str, pixel: object, expected: list[float]) -> None:
     picture = Pillow.new(mode, (4, 3))
-    picture.putpixel((2, 1), pixel)  # type: ignore[arg-type]
+    picture.putpixel((2, 1), pixel)
     image = read(saved(tmp_path, picture))
     assert image.pixels.shape == (len(expected), 3, 4)
     np.testing.assert_allclose(image.pixels[:, 1, 2], expected, rtol=1e-6)

@@ -27,7 +27,7 @@ from shared.errors import (
 from shared.images import find_sources, read_image
 from shared.lease import Lease
 from shared.regions import RegionStore, verify_store
-from stage1_localize.job import localize
+from stage1_localize.job import even_micro_batch, localize
 from tests.stage1_localize.planted_corpus import disc_map, recipe, start, write_image, write_images
 
 COUNT = 20
@@ -74,7 +74,7 @@ def test_what_is_published_is_whole_and_floatless(whole: RegionStore) -> None:
         {"name": "hill", "texts": ["cone", "nothing"]},
     ]
     assert identity.spec["grounder"]["options"] == {"score_milli": 1000, "level_milli": 800}
-    assert identity.spec["numeric"] == {"dtype": "float32", "device": "cpu", "threads": 1, "micro_batch": 4}
+    assert identity.spec["numeric"] == {"dtype": "float32", "device": "cpu", "threads": 1, "micro_batch": 2}
     left = {path.name for path in whole.path.iterdir()}
     assert {
         "artifact.json",
@@ -101,7 +101,7 @@ def test_the_same_command_is_done_and_another_is_refused(whole: RegionStore, ima
     assert again.card == whole.card
     assert (whole.path / "artifact.json").stat().st_mtime_ns == before
     with pytest.raises(SpecMismatchError, match="micro_batch"):
-        localize(recipe(micro_batch=2), images=images, out=whole.path)
+        localize(recipe(micro_batch=1), images=images, out=whole.path)
     shutil.copytree(images, tmp_path / "images")
     write_image(tmp_path / "images" / "004.png", 77)
     with pytest.raises(SpecMismatchError, match="inputs"):
@@ -122,6 +122,16 @@ def test_a_region_that_is_never_found_is_said(images: Path, tmp_path: Path, caps
     said = "region 'void' was found in none of 20 images"
     assert said in capsys.readouterr().err
     assert said in (tmp_path / "out" / "run" / "run.log").read_text()
+
+
+@pytest.mark.parametrize("asked", [1, 2, 7, 8, 256])
+@pytest.mark.parametrize("rows", [1, 3, 8, 9, 100, 1024])
+def test_micro_batches_waste_less_than_a_row_a_piece(asked: int, rows: int) -> None:
+    size = even_micro_batch(asked, rows)
+    assert 1 <= size <= asked
+    pieces = -(-rows // size)
+    assert pieces == -(-rows // asked)
+    assert size * pieces - rows < pieces
 
 
 def test_nothing_is_begun_when_prompts_or_parts_cannot_work(images: Path, tmp_path: Path) -> None:
