@@ -16,6 +16,7 @@ import torch
 import stage3_finetune.train as train
 from shared.artifact import Artifact, publish, read_card, verify
 from shared.backbones import build
+from shared.checkpoint import latest_state
 from shared.errors import ConfigError, CorruptError, IncompatibleError, InputMissingError, SpecMismatchError
 from shared.images import find_sources, read_image
 from shared.runlog import read_metrics
@@ -276,7 +277,9 @@ def test_kill_9_five_times_and_the_id_is_the_uninterrupted_ones(run, quick, imag
         )  # fmt: skip
         assert killed.returncode == -9, killed.stderr
         assert not (tmp_path / "killed/artifact.json").exists()
-        states.append(json.loads((tmp_path / "killed/run/state/newest.json").read_text())["step"])
+        found = latest_state(tmp_path / "killed/run/state")
+        assert found is not None
+        states.append(found[0])
     assert states == [1, 4, 9, 9, 9]
     interrupted = train.finetune(settings, images=images, labels=table(), encoder=str(encoder), out=tmp_path / "killed")
     whole = run(encoder, "whole", epochs=3)
