@@ -64,13 +64,13 @@ def cached_encode(image: Float32[np.ndarray, "C H W"], cache: Path) -> Encoded:
 
 def truth_map(mask: Float32[np.ndarray, "H W"]) -> Bool[np.ndarray, "256 256"]:
     """A mask in the map frame."""
-    whole = torch.from_numpy(mask)[None, None]
+    whole = torch.from_numpy(mask.copy())[None, None]
     size = (MAP_SIZE_PX, MAP_SIZE_PX)
     return (F.interpolate(whole, size, mode="bilinear", align_corners=False)[0, 0] > 0.5).numpy()
 
 
 def _to_cells(mask: Float32[np.ndarray, "H W"], height_px: int, width_px: int) -> UInt8[np.ndarray, "128 128"]:
-    whole = torch.from_numpy(np.ascontiguousarray(mask))[None, None]
+    whole = torch.from_numpy(mask.copy())[None, None]
     if mask.shape != (height_px, width_px):
         whole = F.interpolate(whole, (height_px, width_px), mode="bilinear", align_corners=False, antialias=True)
     padded = F.pad(whole, (0, INPUT_SIZE_PX - width_px, 0, INPUT_SIZE_PX - height_px))

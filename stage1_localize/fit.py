@@ -132,7 +132,7 @@ def fit_head(
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     texts = [*foreign, *(text for wordings in concepts.values() for text in wordings)]
-    vectors = {text: torch.from_numpy(encode_text(text)) for text in dict.fromkeys(texts)}
+    vectors = {text: torch.from_numpy(encode_text(text).copy()) for text in dict.fromkeys(texts)}
     head = LiteHead().train()
     optimiser = torch.optim.AdamW(head.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _rate(step, settings))

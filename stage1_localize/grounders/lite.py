@@ -164,7 +164,7 @@ class Lite:
 
     def _ask(self, seen: Features, known: str) -> Answer:
         if known not in self._vectors:
-            self._vectors[known] = torch.from_numpy(encode_text(known))
+            self._vectors[known] = torch.from_numpy(encode_text(known).copy())
         tokens = self._vectors[known][None, None]
         return self._head.ask(seen, tokens, torch.ones(tokens.shape[:3], dtype=torch.bool))
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -24,8 +24,9 @@ NEAR_MIN_MILLI = 500
 """A wording snaps to a known one at this cosine (in thousandths) or more."""
 
 
+@lru_cache(maxsize=4096)
 def encode_text(text: str) -> Float32[np.ndarray, "T 384"]:
-    """Unit vectors of a wording: the sentence (mean of all tokens) first, then its word pieces.
+    """Unit vectors of a wording: the sentence (mean of all tokens) first, then its word pieces; read-only.
 
     Each wording is encoded alone, so that no padding and no neighbour can change its bits.
     """
@@ -34,7 +35,9 @@ def encode_text(text: str) -> Float32[np.ndarray, "T 384"]:
     with torch.inference_mode():
         hidden = model(**tokens).last_hidden_state[0]
     vectors = torch.cat([hidden.mean(dim=0, keepdim=True), hidden[1:-1]])
-    return torch.nn.functional.normalize(vectors, dim=-1).numpy()
+    unit = torch.nn.functional.normalize(vectors, dim=-1).numpy()
+    unit.flags.writeable = False
+    return unit
 
 
 @dataclass(frozen=True)
