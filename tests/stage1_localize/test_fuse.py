@@ -59,6 +59,15 @@ def test_fusion_is_the_formula_in_any_order(entries: list[tuple[int, int, float]
     np.testing.assert_array_equal(fuse(shuffled, [segments[i] for i in order], 3), maps)
 
 
+def test_the_fold_runs_by_descending_score_to_the_bit() -> None:
+    found, segments = detections([(0, 0, 0.3), (0, 0, 0.9), (0, 0, 0.6)])
+    factors = [np.float32(1) - score * segment for score, segment in zip(found.score, segments, strict=True)]
+    descending = np.float32(1) - factors[1] * factors[2] * factors[0]
+    ascending = np.float32(1) - factors[0] * factors[2] * factors[1]
+    assert (descending != ascending).any()
+    np.testing.assert_array_equal(fuse(found, segments, 1)[0], descending)
+
+
 def test_equal_scores_and_boxes_fold_by_pixels() -> None:
     found, segments = detections([(0, 0, 0.7)] * 3)
     found.box_xyxy_px[:] = 1

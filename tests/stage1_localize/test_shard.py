@@ -114,6 +114,8 @@ def test_an_earlier_runs_end_is_no_death(tmp_path: Path, monkeypatch: pytest.Mon
     task = make_task(tmp_path)
     assert attempt(task, {5}, monkeypatch) is None
     assert read_state(Path(task.folder), 0).trying == [4, 5, 6, 7]
+    assert attempt(task, {5}, monkeypatch) is None
+    assert read_state(Path(task.folder), 0).trying == [5]
     from dataclasses import replace
 
     assert run_shard(replace(task, token="another"))["quarantined"] == 0
