@@ -134,6 +134,8 @@ def publish(
     """
     if (folder / CARD).exists():
         raise UsageError(f"{folder}: already published; artifacts are never edited")
+    for leftover in folder.glob("**/.*.tmp"):  # a kill in `write_atomic`; the file was then written anew
+        leftover.unlink()
     files = {name: file_sha256(folder / name) for name in published_files(folder)}
     major, minor = KIND_VERSIONS[kind]
     identity = Identity(

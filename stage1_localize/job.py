@@ -172,8 +172,6 @@ class _Run:
             facts={"grounder": self.config.grounder.name, "segmenter": self.config.segmenter.name},
             warnings=self.log.warnings,
         )
-        for path in self.out.glob("**/.*.tmp"):  # what a kill left of a file that was then written anew
-            path.unlink()
         publish(
             self.out,
             kind="region-store",

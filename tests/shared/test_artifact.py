@@ -30,6 +30,14 @@ def test_published_and_read_back(tmp_path: Path) -> None:
     assert open_artifact(f"{folder}@sha256:{card.artifact_id}", "corpus")[1] == card
 
 
+def test_what_a_kill_left_of_an_atomic_write_is_not_published(tmp_path: Path) -> None:
+    (tmp_path / "a" / "sub").mkdir(parents=True)
+    (tmp_path / "a" / "sub" / ".data.txt.123.tmp").write_text("half")
+    card = publish(tmp_path / "a", kind="corpus", inputs=[], spec={}, outputs={})
+    assert card.provenance.files == {}
+    assert not list((tmp_path / "a" / "sub").iterdir())
+
+
 def test_the_id_knows_what_it_is_and_not_when_or_where(tmp_path: Path) -> None:
     first, second = read_card(make(tmp_path / "a")), read_card(make(tmp_path / "elsewhere"))
     assert first.artifact_id == second.artifact_id
