@@ -124,7 +124,7 @@ def _connected(workers: int | Literal["auto"], scheduler: str | None, tasks: int
             threads_per_worker=1,
             processes=True,
             host="127.0.0.1",
-            dashboard_address=None,
+            dashboard_address="127.0.0.1:0",  # None would listen on every interface
             silence_logs=logging.CRITICAL,
         )
         with cluster, distributed.Client(cluster, set_as_default=False) as client:

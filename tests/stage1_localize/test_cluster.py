@@ -88,7 +88,12 @@ def test_a_scheduler_that_is_there_is_used(images: Path, expected: str, tmp_path
     import distributed
 
     with distributed.LocalCluster(
-        n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None, protocol="tcp"
+        n_workers=1,
+        threads_per_worker=1,
+        processes=False,
+        dashboard_address="127.0.0.1:0",
+        protocol="tcp",
+        host="127.0.0.1",
     ) as cluster:
         store = localize(recipe(), images=images, out=tmp_path / "out", scheduler=cluster.scheduler_address)
         assert store.card.artifact_id == expected

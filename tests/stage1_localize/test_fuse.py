@@ -61,6 +61,7 @@ def test_fusion_is_the_formula_in_any_order(entries: list[tuple[int, int, float]
 
 def test_the_fold_runs_by_descending_score_to_the_bit() -> None:
     found, segments = detections([(0, 0, 0.3), (0, 0, 0.9), (0, 0, 0.6)])
+    found.box_xyxy_px[:] = found.score[:, None]  # box order would be the other way round
     factors = [np.float32(1) - score * segment for score, segment in zip(found.score, segments, strict=True)]
     descending = np.float32(1) - factors[1] * factors[2] * factors[0]
     ascending = np.float32(1) - factors[0] * factors[2] * factors[1]
