@@ -1,0 +1,277 @@
+"""The command line as a user meets it: what it prints where, its exit codes, and that nothing is lost."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pipelines.cli import main
+from shared.artifact import read_card
+from shared.lease import Lease
+from tests.pipelines.conftest import Chain, write_inputs
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def mwm(capsys: pytest.CaptureFixture[str]):
+    """Run a command in this process: exit code, stdout, stderr."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        assert "Traceback" not in err
+        return int(stopped.value.code or 0), out, err
+
+    return run
+
+
+def localize(chain: Chain, out: Path, *more: str) -> list[str]:
+    return ["localize", str(chain.recipe), "--images", str(chain.images), "--out", str(out), *more]
+
+
+def flip(path: Path, place: int = -9) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[place] ^= 4
+    path.write_bytes(raw)
+
+
+def test_a_chain_ends_with_five_lines_and_again_with_the_same_ids(chain: Chain, mwm) -> None:
+    before = {path: read_card(path.parent).artifact_id for path in chain.out.rglob("artifact.json")}
+    code, out, _ = mwm(*chain.command())
+    assert code == 0
+    assert [line.split(":")[0] for line in out.splitlines()] == ["made", "where", "digests", "skipped", "next"]
+    assert before == {path: read_card(path.parent).artifact_id for path in chain.out.rglob("artifact.json")}
+    report = (chain.out / "report.html").read_text()
+    assert "Not for diagnosis" in report
+    assert str(chain.root) not in report
+
+
+def test_data_goes_to_stdout_and_talk_to_stderr(chain: Chain, mwm, tmp_path: Path) -> None:
+    code, out, err = mwm(*localize(chain, tmp_path / "r", "--json"))
+    assert code == 0
+    made = json.loads(out)
+    assert made["artifact_id"] == read_card(tmp_path / "r").artifact_id
+    assert err
+    code, out, err = mwm(*localize(chain, tmp_path / "quiet", "-q"))
+    assert (code, err) == (0, "")
+    code, out, _ = mwm(*localize(chain, tmp_path / "r"))
+    assert code == 0
+    assert out.startswith("already done")
+
+
+def test_a_dry_run_writes_nothing(chain: Chain, mwm, tmp_path: Path) -> None:
+    for command in (
+        localize(chain, tmp_path / "x", "--dry-run"),
+        ["pretrain", chain.recipe, "--images", chain.images, "--regions", chain.out / "regions", "--out",
+         tmp_path / "x", "--dry-run"],
+        ["finetune", chain.recipe, "--images", chain.images, "--labels", chain.labels, "--out", tmp_path / "x",
+         "--dry-run"],
+        ["run", "tour", "--out", tmp_path / "x", "--dry-run"],
+    ):  # fmt: skip
+        code, out, err = mwm(*command)
+        assert code == 0
+        assert "seed: 0" in out or "grid_px: 64" in out
+        assert "nothing written" in err
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "kind", "told"),
+    [
+        (["--set", "grid_pix=64"], 2, "config", "grid_pix: unknown key. Did you mean 'grid_px'?"),
+        (["--set", "regions.bright="], 2, "", "regions"),
+        (["--set", "regions.bright=''"], 2, "", "regions"),
+        (["--set", "regions.bright=elephant"], 2, "prompt", "'elephant'"),
+        (["--set", "grounder.name=plantd"], 2, "config", "unknown grounder 'plantd'"),
+        (["--images", "nowhere"], 2, "", "nowhere"),
+        (["--set", "nonsense"], 2, "config", "expected path.to.key=value"),
+        (["--level", "3"], 2, "usage", "No such option"),
+    ],
+)
+def test_bad_input_is_one_clear_line(finished: Chain, mwm, tmp_path: Path, more, code, kind, told) -> None:
+    found, out, err = mwm(*localize(finished, tmp_path / "x", *more))
+    assert found == code
+    line = next(line for line in err.splitlines() if line.startswith("error["))
+    assert line.startswith(f"error[{kind}" if kind else "error[")
+    assert told in err
+    assert out == ""
+    assert not (tmp_path / "x" / "artifact.json").exists()
+
+
+def test_a_recipe_that_is_not_there_names_those_that_are(mwm) -> None:
+    code, _, err = mwm("run", "toor")
+    assert code == 2
+    assert "tour" in err
+
+
+def test_an_unreadable_image_is_quarantined_and_counted(chain: Chain, mwm, tmp_path: Path) -> None:
+    raw = (chain.images / "p03.png").read_bytes()
+    (chain.images / "p03.png").write_bytes(raw[: len(raw) // 2])
+    code, out, _ = mwm(*localize(chain, tmp_path / "r"))
+    assert code == 0
+    assert "skipped: 1 inputs quarantined" in out
+    assert "decode_failed" in (tmp_path / "r" / "quarantine.jsonl").read_text()
+    code, _, err = mwm(*localize(chain, tmp_path / "strict", "--set", "max_failures=0"))
+    assert code == 6
+    assert "error[too-many-quarantined]" in err
+
+
+def test_a_prompt_that_finds_nothing_is_a_warning(chain: Chain, mwm, tmp_path: Path) -> None:
+    code, _, err = mwm(*localize(chain, tmp_path / "r", "--set", "regions.absent=nothing"))
+    assert code == 0
+    assert "warning" in err
+    assert "absent" in err
+
+
+def test_a_flipped_bit_anywhere_is_found_by_audit(chain: Chain, mwm) -> None:
+    code, out, _ = mwm("audit", chain.out, "--level", "masks")
+    assert code == 0
+    assert "masks" in out
+    shards = [path for path in (chain.out / "regions" / "regions.zarr" / "maps").iterdir() if path.name != "zarr.json"]
+    broken = [
+        *shards,
+        chain.out / "encoder" / "witnesses.safetensors",
+        chain.out / "encoder" / "encoder" / "model.safetensors",
+        chain.out / "encoder" / "report.html",
+        chain.out / "scratch" / "predictions.csv",
+        chain.out / "regions" / "samples.jsonl",
+        chain.out / "regions" / "artifact.json",
+        chain.out / "regions" / "corpus" / "samples.jsonl",
+    ]
+    for path in broken:
+        flip(path)
+        code, out, _ = mwm("audit", chain.out)
+        assert code == 4, path
+        assert "corrupt" in out
+        flip(path)
+    assert mwm("audit", chain.out)[0] == 0
+
+
+def test_a_corrupted_shard_stops_pretraining(chain: Chain, mwm, tmp_path: Path) -> None:
+    for path in (chain.out / "regions" / "regions.zarr" / "maps").iterdir():
+        if path.name != "zarr.json":
+            flip(path, 40)
+    code, _, err = mwm(
+        "pretrain", chain.recipe, "--images", chain.images, "--regions", chain.out / "regions", "--out", tmp_path / "e"
+    )
+    assert code == 4
+    assert "error[corrupt]" in err
+
+
+def test_a_witness_forged_with_its_card_is_drift(chain: Chain, mwm) -> None:
+    """Whoever rewrites witness and card alike passes every digest; redrawing tells."""
+    import numpy as np
+    import rfc8785
+    from safetensors.numpy import load_file, save_file
+
+    from shared.artifact import file_sha256
+
+    encoder = chain.out / "encoder"
+    tensors = load_file(encoder / "witnesses.safetensors")
+    tensors["bits"] = tensors["bits"].copy()
+    tensors["bits"].reshape(-1)[0] ^= np.uint8(1)
+    save_file(tensors, encoder / "witnesses.safetensors")
+    body = json.loads((encoder / "artifact.json").read_bytes())
+    body["provenance"]["files"]["witnesses.safetensors"] = file_sha256(encoder / "witnesses.safetensors")
+    del body["card_sha256"]
+    import hashlib
+
+    body["card_sha256"] = hashlib.sha256(rfc8785.dumps(body)).hexdigest()
+    (encoder / "artifact.json").write_bytes(rfc8785.dumps(body))
+    code, out, _ = mwm("audit", encoder, "--level", "masks", "--regions", chain.out / "regions")
+    assert code in (3, 4)
+    assert "drift" in out or "corrupt" in out
+
+
+def test_an_unpublished_input_is_incompatible_and_a_live_one_locked(chain: Chain, mwm, tmp_path: Path) -> None:
+    card = chain.out / "regions" / "artifact.json"
+    card.unlink()
+    command = ["pretrain", chain.recipe, "--images", chain.images, "--regions", chain.out / "regions", "--out",
+               tmp_path / "e"]  # fmt: skip
+    assert mwm(*command)[0] == 5
+    with Lease(chain.out / "regions"):
+        code, _, err = mwm(*command)
+    assert code == 7
+    assert "error[locked]" in err
+
+
+def test_a_folder_under_another_writers_lease(finished: Chain, mwm, tmp_path: Path) -> None:
+    with Lease(tmp_path / "r"):
+        code, _, err = mwm(*localize(finished, tmp_path / "r"))
+    assert code == 7
+    assert str(os.getpid()) in err
+
+
+def test_other_settings_in_the_same_folder_are_refused_and_fresh_keeps_the_old(chain: Chain, mwm) -> None:
+    regions = chain.out / "regions"
+    old = read_card(regions).artifact_id
+    code, _, err = mwm(*localize(chain, regions, "--set", "grid_px=32"))
+    assert code == 2
+    assert "grid" in err
+    assert read_card(regions).artifact_id == old
+    assert mwm(*localize(chain, regions, "--set", "grid_px=32", "--fresh"))[0] == 0
+    assert read_card(regions.with_name("regions.old-1")).artifact_id == old
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="mounting a small disk needs root")
+def test_a_full_disk_exits_75_and_the_same_command_continues(tmp_path: Path, mwm) -> None:
+    chain = write_inputs(tmp_path / "in")
+    small = tmp_path / "small"
+    small.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", small], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("this machine does not let root mount")
+    try:
+        code, _, err = mwm(*localize(chain, small / "r"))
+        assert code == 75
+        assert "error[disk-full]" in err
+        subprocess.run(["mount", "-o", "remount,size=64m", small], check=True)
+        assert mwm(*localize(chain, small / "r"))[0] == 0
+        whole = read_card(small / "r").artifact_id
+    finally:
+        subprocess.run(["umount", "-l", small], check=True)
+    assert mwm(*localize(chain, tmp_path / "r"))[0] == 0
+    assert read_card(tmp_path / "r").artifact_id == whole
+
+
+def test_inspect_tells_and_draws(finished: Chain, mwm, tmp_path: Path) -> None:
+    code, out, _ = mwm("inspect", finished.out / "encoder")
+    assert code == 0
+    assert read_card(finished.out / "encoder").artifact_id in out
+    code, out, _ = mwm(
+        "inspect", finished.out / "regions", "--sample", "p00.png", "--images", finished.images, "--out",
+        tmp_path / "p.png",
+    )  # fmt: skip
+    assert code == 0
+    assert "region bright" in out
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+    assert mwm("inspect", finished.out / "regions", "--sample", "nobody")[0] == 2
+
+
+@pytest.mark.slow
+def test_sigterm_in_pretraining_exits_75_and_continues_to_the_same_encoder(chain: Chain) -> None:
+    whole = read_card(chain.out / "encoder").artifact_id
+    shutil.rmtree(chain.out / "encoder")
+    command = [sys.executable, "-m", "pipelines.cli", "pretrain", str(chain.recipe), "--images", str(chain.images),
+               "--regions", str(chain.out / "regions"), "--out", str(chain.out / "encoder"),
+               "--set", "save_every_steps=1"]  # fmt: skip
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not list(chain.out.glob("encoder/run/state/step-*")):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode in (0, 75), err
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert read_card(chain.out / "encoder").artifact_id == whole
