@@ -150,14 +150,14 @@ def _candidates(name: str, concept: Concept) -> list[Concept]:
         changes += [
             {"route": "component", "margin_px": margin, "area_min_px": area}
             for margin in (1, 3)
-            for area in (24, 80, 160)
+            for area in (80, 160, 240)
         ]
     else:
         changes = [{"route": "component"}]
         changes += [
             {"centre_min_milli": centre, "presence_min_milli": presence}
             for centre in (200, 250, 300, 350, 400, 450)
-            for presence in (300, 500)
+            for presence in (500, 300)
         ]
     return [concept.model_copy(update=change) for change in changes]
 
@@ -203,18 +203,21 @@ def score(card: Card, head: LiteHead, data: Path, cache: Path) -> dict[str, Any]
 
 def as_table(scores: dict[str, Any]) -> str:
     """The scores as Markdown, a row a prompt and a way of asking."""
-    columns = ("precision", "recall", "dice", "rival_dice", "false_regions", "false_pixels")
+    columns = ("precision", "recall", "f1", "dice", "rival_dice", "false_regions", "false_pixels")
     lines = [
-        "| images | prompt | wording or baseline | box precision | box recall | Dice | Dice, rival truth | "
-        "false regions | false pixels | n (groups) |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| images | prompt | wording or baseline | box precision | box recall | box F1 | Dice | Dice, rival "
+        "truth | false regions | false pixels | n (groups) | n without |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for run, concepts in scores.items():
         where, _, how = run.partition(", ")
         for concept, values in (concepts if how else {}).items():
+            if "images" not in values and how not in ("taught", "unseen"):
+                continue  # a baseline always fires
             cells = [_cell(values.get(column)) for column in columns]
             count = f"{values.get('images', 0)} ({values.get('groups', 0)})"
-            lines.append(f"| {where} | {concept} | {how} | {' | '.join(cells)} | {count} |")
+            without = values.get("images_without", 0)
+            lines.append(f"| {where} | {concept} | {how} | {' | '.join(cells)} | {count} | {without} |")
     return "\n".join(lines) + "\n"
 
 

@@ -51,6 +51,7 @@ class Tally:
     true: list[int] = field(default_factory=list)
     dice_groups: list[str] = field(default_factory=list)
     dice: list[float] = field(default_factory=list)
+    rival_groups: list[str] = field(default_factory=list)
     rival_dice: list[float] = field(default_factory=list)
     absent_groups: list[str] = field(default_factory=list)
     false_region: list[float] = field(default_factory=list)
@@ -166,6 +167,7 @@ def _count_present(
     tally.dice_groups.append(case.group)
     tally.dice.append(dice(region_map > 0.5, case.masks[concept], case.ignore))
     if rival is not None and rival in case.masks:
+        tally.rival_groups.append(case.group)
         tally.rival_dice.append(dice(region_map > 0.5, case.masks[rival], case.ignore))
 
 
@@ -215,8 +217,8 @@ def summarise(tally: Tally, seed: int) -> dict[str, Any]:
         result |= {"images": len(tally.groups), "groups": len(set(tally.groups))}
     if tally.dice:
         result["dice"] = _mean(tally.dice, tally.dice_groups, seed)
-    if tally.rival_dice and len(tally.rival_dice) == len(tally.dice):
-        result["rival_dice"] = _mean(tally.rival_dice, tally.dice_groups, seed)
+    if tally.rival_dice:
+        result["rival_dice"] = _mean(tally.rival_dice, tally.rival_groups, seed)
     if tally.false_region:
         result["false_regions"] = _mean(tally.false_region, tally.absent_groups, seed)
         result["false_pixels"] = _mean(tally.false_pixels, tally.absent_groups, seed)

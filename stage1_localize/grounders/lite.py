@@ -200,9 +200,17 @@ def answer_parts(answer: Answer, concept: Concept, image: Encoded) -> list[Part]
         return []
     if concept.route == "component":
         return component_boxes(filled, presence, concept, image)
-    rows, columns = np.nonzero(filled > 0.5)
-    box = _to_image([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1], image)
-    return [(box, presence, to_map_frame(logits.sigmoid(), image))]
+    return [(_to_image(_extent(filled > 0.5), image), presence, to_map_frame(logits.sigmoid(), image))]
+
+
+def _extent(inside: np.ndarray) -> tuple[int, int, int, int]:
+    """The box around the parts that hold a tenth of the whole or more: specks must not widen it."""
+    labels, count = ndimage.label(inside)
+    areas = ndimage.sum_labels(inside, labels, np.arange(count + 1))
+    rows, columns = np.nonzero((areas >= inside.sum() / 10)[labels] & inside)
+    if not len(rows):
+        rows, columns = np.nonzero(inside)
+    return int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1
 
 
 def component_boxes(

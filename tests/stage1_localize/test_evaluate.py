@@ -94,7 +94,9 @@ def test_rival_truth_is_scored_too():
     both = case("a")
     both = Case("a", both.image, {"thing": SQUARE, "other": ~SQUARE}, {}, frozenset())
     answer = answer_with(Square(), Never(), lambda case: Batch([case.image]))
-    scores = evaluate([both], {"thing": ("square",), "other": ("circle",)}, answer, rivals={"thing": "other"})
+    scores = evaluate(
+        [both, case("b")], {"thing": ("square",), "other": ("circle",)}, answer, rivals={"thing": "other"}
+    )
     assert scores["thing"]["rival_dice"][0] == 0
     assert "rival_dice" not in scores["other"]
 
