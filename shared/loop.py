@@ -7,13 +7,10 @@ threads): sample order and torch's own draws are functions of names, and all els
 from __future__ import annotations
 
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any, Protocol
 
 import torch
@@ -23,6 +20,7 @@ from shared.checkpoint import latest_state, save_state
 from shared.errors import CorruptError, InterruptedRun, UsageError
 from shared.rng import seed_key
 from shared.runlog import RunLog
+from shared.signals import Signals
 
 VERSION = 1
 """Raised when equal inputs and plans give other weights; part of a run's specification."""
@@ -154,7 +152,7 @@ def fit(
         return fitted
     saved_at = time.monotonic()
     source = iter(batches(begun))
-    with _Signals() as signals, torch.random.fork_rng(devices=[]):
+    with Signals() as signals, torch.random.fork_rng(devices=[]):
         for index in range(begun, plan.steps):
             waited = time.perf_counter()
             batch, sample_ids = next(source)
@@ -305,26 +303,3 @@ def _restore(
         raise CorruptError(f"the saved state is of another module: {reason}") from None
     if extra is not None:
         extra.load(parts["extra"], meta["extra"])
-
-
-class _Signals:
-    """Remember SIGTERM or SIGINT instead of dying; the second one of a kind acts as it did before."""
-
-    def __init__(self) -> None:
-        self.caught: str | None = None
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> _Signals:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._before[number] = signal.signal(number, self._catch)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before = {}
-
-    def _catch(self, number: int, frame: FrameType | None) -> None:
-        self.caught = signal.Signals(number).name
-        signal.signal(number, self._before.pop(number))
