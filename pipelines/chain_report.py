@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shared.artifact import Card
-from shared.figures import REGION_COLOURS, interval_chart, line_chart, overlay, strip
+from shared.charts import interval_chart, line_chart
+from shared.figures import REGION_COLOURS, overlay, strip
 from shared.report import Example, Section, audit_table, chips, gallery, page, table
 from shared.runlog import read_metrics
 

@@ -1,72 +1,124 @@
-"""Pictures of region maps and masks, and small charts as SVG: plain arrays in, bytes or text out."""
+"""Pictures of region maps and drawn masks: plain arrays in, pixels, ``img`` elements or PNG bytes out."""
 
 from __future__ import annotations
 
 import base64
 import io
-import math
 from collections.abc import Mapping, Sequence
 from html import escape
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
-Rgb = UInt8[np.ndarray, "H W 3"]
+from shared.artifact import NOT_FOR_DIAGNOSIS
 
-REGION_COLOURS = ((255, 176, 32), (64, 200, 190), (236, 96, 150), (140, 150, 255), (150, 205, 70))
+Rgb = UInt8[np.ndarray, "H W 3"]
+Colour = tuple[int, int, int]
+Field = np.ndarray[Any, Any]
+
+REGION_COLOURS: tuple[Colour, ...] = (
+    (255, 176, 32),
+    (64, 208, 196),
+    (244, 104, 160),
+    (146, 156, 255),
+    (158, 212, 76),
+)
 """Tints of overlays, in the order of the regions; told apart with the common colour-vision deficiencies."""
-_HIDDEN = np.array((26, 32, 44), np.float32)
-_LINES = ("var(--c1)", "var(--c2)", "var(--c3)", "var(--c4)", "var(--c5)")
+_TINT = 0.7
+_HIDDEN, _HATCH = np.array((27, 34, 46), np.float32), np.array((84, 98, 120), np.float32)
+_LUMA = np.array((0.299, 0.587, 0.114), np.float32)
+_WEBP_QUALITY = 88
 
 
 def overlay(
-    image: Float[np.ndarray, "C H W"],
+    image: Float[np.ndarray, "*C H W"],
     probability: Float[np.ndarray, "h w"] | None = None,
     hidden: Bool[np.ndarray, "gh gw"] | None = None,
     *,
-    colour: tuple[int, int, int] = REGION_COLOURS[0],
-    side_px: int = 256,
+    colour: Colour = REGION_COLOURS[0],
+    side_px: int = 384,
 ) -> Rgb:
-    """Draw an image, tinted where a region is probable, outlined at 0.5, dark where it is hidden.
+    """Draw an image, tinted where a region is probable, outlined at 0.5, dark and hatched where it is hidden.
 
     Args:
-        image: In [0, 1], C 1 or 3.
-        probability: Region map in [0, 1]; resampled to the picture.
-        hidden: True where the encoder does not see the cell.
+        image: In [0, 1]; [H, W], or [C, H, W] with C 1 or 3. What is not finite is black.
+        probability: Region map in [0, 1]; resampled to the picture. What is not finite is 0.
+        hidden: True where the encoder does not see the cell. With it the map is outlined, not tinted.
         colour: Tint, RGB 0..255.
         side_px: Longer side of the picture.
 
     Returns:
         The picture; its sides keep the image's proportions.
     """
-    _, height, width = image.shape
+    return paint(image, [] if probability is None else [(probability, colour)], hidden, side_px=side_px)
+
+
+def paint(
+    image: Float[np.ndarray, "*C H W"],
+    maps: Sequence[tuple[Field, Colour]] = (),
+    hidden: Bool[np.ndarray, "gh gw"] | None = None,
+    *,
+    side_px: int = 384,
+) -> Rgb:
+    """`overlay` with any number of region maps, each in its colour, the later above the earlier."""
+    height, width = image.shape[-2:]
     scale = side_px / max(height, width)
     size = max(1, round(width * scale)), max(1, round(height * scale))
-    grey = np.clip(np.nan_to_num(image), 0, 1)
-    rgb = np.repeat(grey, 3, 0) if len(grey) == 1 else grey[:3]
-    base = Image.fromarray((rgb.transpose(1, 2, 0) * 255).astype(np.uint8))
-    pixels = np.asarray(base.resize(size, Image.Resampling.BICUBIC), np.float32)
-    if probability is not None:
-        chance = Image.fromarray(np.clip(probability, 0, 1).astype(np.float32))
-        field = np.asarray(chance.resize(size, Image.Resampling.BILINEAR))
-        pixels += (0.5 * field)[..., None] * (np.array(colour, np.float32) - pixels)
-        pixels[_outline(field >= 0.5)] = colour
-    if hidden is not None:
-        rows = np.arange(size[1]) * hidden.shape[0] // size[1]
-        columns = np.arange(size[0]) * hidden.shape[1] // size[0]
-        dark = hidden[rows][:, columns]
-        pixels[dark] = 0.12 * pixels[dark] + 0.88 * _HIDDEN
-        edges = (np.diff(rows, prepend=rows[0]) > 0)[:, None] | (np.diff(columns, prepend=columns[0]) > 0)[None]
-        pixels[edges] = 0.8 * pixels[edges] + 0.2 * 128
+    pixels = _resized(image, size)
+    fields = [(_field(probability, size), np.array(colour, np.float32)) for probability, colour in maps]
+    if hidden is None:
+        for field, colour in fields:
+            # The colour keeps the picture's light and dark, so that what lies under a region can still be read.
+            ink = colour * (0.4 + 0.6 * (pixels @ _LUMA) / 255)[..., None]
+            pixels += (_TINT * field)[..., None] * (ink - pixels)
+    else:
+        _hide(pixels, hidden)
+    line_px = max(1.5, max(size) / 200)
+    for field, _ in fields:
+        pixels *= 1 - 0.6 * _outline(field, 2.5 * line_px)[..., None]  # a dark casing: lines show on bright tissue too
+    for field, colour in fields:
+        pixels += _outline(field, line_px)[..., None] * (colour - pixels)
     return np.clip(pixels + 0.5, 0, 255).astype(np.uint8)
 
 
-def _outline(inside: Bool[np.ndarray, "H W"]) -> Bool[np.ndarray, "H W"]:
-    """Pixels of a shape that have a neighbour outside of it."""
-    padded = np.pad(inside, 1)
-    inner = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
-    return inside & ~inner
+def _resized(image: Field, size: tuple[int, int]) -> Field:
+    shown = np.clip(np.nan_to_num(image.astype(np.float32), posinf=0, neginf=0), 0, 1)
+    planes = shown[None] if shown.ndim == 2 else shown
+    planes = np.repeat(planes[:1], 3, 0) if len(planes) < 3 else planes[:3]
+    base = Image.fromarray((planes.transpose(1, 2, 0) * 255 + 0.5).astype(np.uint8))
+    return np.array(base.resize(size, Image.Resampling.BICUBIC), np.float32)
+
+
+def _field(probability: Field, size: tuple[int, int]) -> Field:
+    known = np.clip(np.nan_to_num(probability.astype(np.float32), posinf=0, neginf=0), 0, 1)
+    return np.asarray(Image.fromarray(known).resize(size, Image.Resampling.BILINEAR))
+
+
+def _outline(field: Field, width_px: float) -> Field:
+    """Share of each pixel that the line at 0.5 covers: its distance to the line is difference over slope."""
+    if min(field.shape) < 2:
+        return np.zeros_like(field)
+    slope = np.hypot(*np.gradient(field))
+    distance = np.abs(field - 0.5) / np.maximum(slope, 1e-3)
+    return np.clip(width_px / 2 + 0.5 - distance, 0, 1) * (slope > 1e-3)
+
+
+def _hide(pixels: Field, hidden: Field) -> None:
+    """Darken and hatch hidden cells in place, and rule their borders."""
+    height, width = pixels.shape[:2]
+    rows = np.arange(height) * hidden.shape[0] // height
+    columns = np.arange(width) * hidden.shape[1] // width
+    dark = hidden[rows][:, columns]
+    stride = max(height, width) / 48
+    phase = (np.arange(height)[:, None] + np.arange(width)[None]) % stride
+    hatch = np.clip(stride / 5 - np.abs(phase - stride / 2), 0, 1) * 0.5
+    ground = _HIDDEN + hatch[..., None] * (_HATCH - _HIDDEN)
+    edges = (np.diff(rows, prepend=rows[0]) > 0)[:, None] | (np.diff(columns, prepend=columns[0]) > 0)[None]
+    pixels[dark] = 0.15 * pixels[dark] + 0.85 * ground[dark]
+    pixels[edges & dark] *= 0.55
+    pixels[edges & ~dark] = 0.88 * pixels[edges & ~dark] + 0.12 * 128
 
 
 def png(pixels: Rgb) -> bytes:
@@ -76,15 +128,40 @@ def png(pixels: Rgb) -> bytes:
     return buffer.getvalue()
 
 
+def webp(pixels: Rgb) -> bytes:
+    """Encode as WebP, a quarter of a PNG's size and a little lossy: for pages that hold many pictures."""
+    buffer = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(pixels)).save(buffer, format="WEBP", quality=_WEBP_QUALITY, method=4)
+    return buffer.getvalue()
+
+
+def data_uri(raw: bytes, kind: str) -> str:
+    """Bytes of a picture as a URI that carries them.
+
+    Args:
+        raw: Encoded picture.
+        kind: ``png`` or ``webp``.
+    """
+    return f"data:image/{kind};base64," + base64.b64encode(raw).decode()
+
+
 def picture(pixels: Rgb, caption: str = "") -> str:
-    """An ``img`` element that carries its pixels."""
-    uri = "data:image/png;base64," + base64.b64encode(png(pixels)).decode()
+    """An ``img`` element that carries its pixels; the caption is its alternative text."""
     height, width = pixels.shape[:2]
-    return f'<img src="{uri}" width="{width}" height="{height}" alt="{escape(caption, quote=True)}">'
+    alt = escape(caption, quote=True)
+    return f'<img src="{data_uri(webp(pixels), "webp")}" width="{width}" height="{height}" alt="{alt}">'
+
+
+def map_uri(probability: Float[np.ndarray, "h w"], *, side_px: int = 128) -> str:
+    """A region map as a small grey PNG, 0..254 for 0..1: what the page's threshold reads."""
+    height, width = probability.shape
+    scale = min(1.0, side_px / max(height, width))
+    field = _field(probability, (max(1, round(width * scale)), max(1, round(height * scale))))
+    return data_uri(png((field * 254 + 0.5).astype(np.uint8)), "png")
 
 
 def strip(panels: Sequence[tuple[str, Rgb]], *, title: str = "", gap_px: int = 14) -> bytes:
-    """Pictures of equal height side by side, a caption under each: the picture that opens a README.
+    """Pictures side by side, a caption under each.
 
     Args:
         panels: Caption and picture.
@@ -94,143 +171,106 @@ def strip(panels: Sequence[tuple[str, Rgb]], *, title: str = "", gap_px: int = 1
     Returns:
         PNG bytes on a dark ground.
     """
-    font, head = ImageFont.load_default(size=17), ImageFont.load_default(size=20)
-    height = max(pixels.shape[0] for _, pixels in panels)
-    top = 44 if title else gap_px
-    width = gap_px + sum(pixels.shape[1] + gap_px for _, pixels in panels)
-    canvas = Image.new("RGB", (width, top + height + 44), (17, 21, 28))
-    draw = ImageDraw.Draw(canvas)
-    draw.text((gap_px, 11), title, (236, 240, 246), font=head)
-    x = gap_px
+    tallest = max(pixels.shape[0] for _, pixels in panels)
+    top = 48 if title else gap_px
+    canvas = Image.new("RGB", (gap_px + sum(p.shape[1] + gap_px for _, p in panels), top + tallest + 44), (15, 19, 26))
+    draw, x = ImageDraw.Draw(canvas), gap_px
+    draw.text((gap_px, 13), title, (236, 240, 246), font=ImageFont.load_default(size=20))
     for caption, pixels in panels:
         canvas.paste(Image.fromarray(pixels), (x, top))
-        draw.text((x, top + height + 10), caption, (172, 182, 196), font=font)
+        font = _fitting(draw, caption, 17, pixels.shape[1])
+        draw.text((x, top + tallest + 10), caption, (172, 182, 196), font=font)
         x += pixels.shape[1] + gap_px
     return png(np.asarray(canvas))
 
 
-def line_chart(
-    series: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, x_label: str, y_label: str, zero: bool = False
-) -> str:
-    """Lines over a common axis, as SVG.
+def hero(
+    image: Float[np.ndarray, "*C H W"],
+    prompts: Mapping[str, Sequence[str]],
+    maps: Mapping[str, Field],
+    hidden: Bool[np.ndarray, "gh gw"],
+    reconstruction: Float[np.ndarray, "*C H W"],
+    *,
+    side_px: int = 340,
+) -> bytes:
+    """The picture that opens the README: image, words, region map, drawn mask, reconstruction.
 
     Args:
-        series: Name -> x and y; points that are not finite are left out.
-        x_label: With unit.
-        y_label: With unit.
-        zero: Let the y axis begin at 0.
+        image: In [0, 1].
+        prompts: Region -> its wordings; its first ones are written out.
+        maps: Region -> probability in [0, 1]; each region has the colour of its place.
+        hidden: True where the encoder does not see the cell.
+        reconstruction: In [0, 1].
+        side_px: Of a picture.
 
     Returns:
-        An ``svg`` element, or a sentence where nothing can be drawn.
+        PNG bytes, about 5 pictures wide, on a dark ground with round corners (transparent outside).
     """
-    lines = {
-        name: [(float(a), float(b)) for a, b in zip(x, y, strict=True) if math.isfinite(a) and math.isfinite(b)]
-        for name, (x, y) in series.items()
-    }
-    points = [point for line in lines.values() for point in line]
-    if not points:
-        return '<p class="muted">Nothing was recorded.</p>'
-    width, height, left, right, top, bottom = 520, 250, 58, 12, 12, 42
-    x0, x1 = _span([point[0] for point in points])
-    y0, y1 = _span([point[1] for point in points] + ([0.0] if zero else []))
-    ticks_y, ticks_x = _ticks(y0, y1), _ticks(x0, x1)
-
-    def at(point: tuple[float, float]) -> tuple[float, float]:
-        return (
-            left + (point[0] - x0) / (x1 - x0) * (width - left - right),
-            height - bottom - (point[1] - y0) / (y1 - y0) * (height - top - bottom),
-        )
-
-    parts = [
-        f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(y_label, quote=True)}">'
+    colours = dict(zip(maps, REGION_COLOURS * (1 + len(maps) // len(REGION_COLOURS)), strict=False))
+    layers = [(probability, colours[name]) for name, probability in maps.items()]
+    share = f"{hidden.mean():.0%} hidden from the encoder"
+    panels = [
+        ("An image", "nothing but pixels", paint(image, side_px=side_px)),
+        ("Words", "what matters, said in text", None),
+        ("Region map", "where the words are", paint(image, layers, side_px=side_px)),
+        ("Drawn mask", share, paint(image, layers, hidden, side_px=side_px)),
+        ("Reconstruction", "what the model fills in", paint(reconstruction, side_px=side_px)),
     ]
-    for tick in ticks_y:
-        _, y = at((x0, tick))
-        parts.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{left - 7}" y="{y + 4:.1f}" text-anchor="end">{_number(tick)}</text>')
-    for tick in ticks_x:
-        x, _ = at((tick, y0))
-        parts.append(f'<text x="{x:.1f}" y="{height - bottom + 17}" text-anchor="middle">{_number(tick)}</text>')
-    for colour, (name, line) in zip(_LINES * (1 + len(lines) // 5), lines.items(), strict=False):
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in map(at, line))
-        if len(line) == 1:
-            x, y = at(line[0])
-            parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" style="fill:{colour}"/>')
-        parts.append(f'<polyline points="{path}" style="stroke:{colour}"><title>{escape(name)}</title></polyline>')
-    middle = (left + width - right) / 2
-    parts.append(f'<text x="{middle}" y="{height - 7}" text-anchor="middle">{escape(x_label)}</text></svg>')
-    return "".join(parts) + _legend(list(lines), y_label)
+    gap, top, foot = 34, 34, 132
+    tall = max(pixels.shape[0] for _, _, pixels in panels if pixels is not None)
+    width = gap + sum((pixels.shape[1] if pixels is not None else side_px * 3 // 4) + gap for *_, pixels in panels)
+    canvas = Image.new("RGBA", (width, top + tall + foot))
+    draw = ImageDraw.Draw(canvas)
+    draw.rounded_rectangle((0, 0, width - 1, top + tall + foot - 1), 28, (15, 19, 26, 255))
+    x = gap
+    for index, (name, told, pixels) in enumerate(panels):
+        wide = side_px * 3 // 4 if pixels is None else pixels.shape[1]
+        if pixels is None:
+            _words(draw, prompts, colours, (x, top, wide, tall))
+        else:
+            high = pixels.shape[0]
+            mask = Image.new("L", (wide, high))
+            ImageDraw.Draw(mask).rounded_rectangle((0, 0, wide - 1, high - 1), 14, 255)
+            canvas.paste(Image.fromarray(pixels), (x, top + (tall - high) // 2), mask)
+        if index:
+            _arrow(draw, x - gap / 2, top + tall / 2)
+        draw.text((x + 2, top + tall + 16), name, (240, 243, 248), font=ImageFont.load_default(size=27))
+        draw.text((x + 2, top + tall + 52), told, (163, 174, 190), font=_fitting(draw, told, 20, wide))
+        x += wide + gap
+    font = ImageFont.load_default(size=17)
+    draw.text((width - gap, top + tall + foot - 22), NOT_FOR_DIAGNOSIS, (120, 132, 150), font=font, anchor="rm")
+    buffer = io.BytesIO()
+    canvas.save(buffer, format="PNG", optimize=True)
+    return buffer.getvalue()
 
 
-def interval_chart(rows: Sequence[tuple[str, float, float, float]], *, low: float = 0.0, high: float = 1.0) -> str:
-    """Values with intervals, one line each, as SVG.
-
-    Args:
-        rows: Label, value, lower and upper end.
-        low: Left end of the axis.
-        high: Right end.
-    """
-    left, width, row_px = 190, 520, 30
-    height = row_px * len(rows) + 26
-
-    def at(value: float) -> float:
-        return left + (min(max(value, low), high) - low) / (high - low) * (width - left - 20)
-
-    parts = [f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" aria-label="values with intervals">']
-    for tick in _ticks(low, high):
-        x = at(tick)
-        parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="4" y2="{height - 22}"/>')
-        parts.append(f'<text x="{x:.1f}" y="{height - 6}" text-anchor="middle">{_number(tick)}</text>')
-    for index, (label, value, lower, upper) in enumerate(rows):
-        y = row_px * index + 18
-        parts.append(f'<text x="{left - 10}" y="{y + 4}" text-anchor="end">{escape(label)}</text>')
-        parts.append(f'<line class="bar" x1="{at(lower):.1f}" x2="{at(upper):.1f}" y1="{y}" y2="{y}"/>')
-        parts.append(f'<circle class="dot" cx="{at(value):.1f}" cy="{y}" r="5"><title>{value:.3f}</title></circle>')
-    return "".join(parts) + "</svg>"
+def _words(
+    draw: ImageDraw.ImageDraw,
+    prompts: Mapping[str, Sequence[str]],
+    colours: Mapping[str, Colour],
+    place: tuple[int, int, int, int],
+) -> None:
+    """Up to four wordings a region in its colour, in the middle of a place (x, y, width, height)."""
+    x, y, wide, tall = place
+    lines: list[tuple[str, Colour, int]] = []
+    for name, texts in prompts.items():
+        colour = colours.get(name, REGION_COLOURS[0])
+        for index, text in enumerate(texts[: max(1, 4 // len(prompts))]):
+            lines.append((f"“{text}”", colour if index == 0 else (150, 160, 176), 27 if index == 0 else 22))
+    step = min(46, tall // max(1, len(lines)))
+    y += (tall - step * len(lines)) // 2
+    for text, colour, size in lines:
+        font = _fitting(draw, text, size, wide)
+        draw.text((x + wide / 2, y + step / 2), text, colour, font=font, anchor="mm")
+        y += step
 
 
-def histogram(values: Sequence[float], *, x_label: str, bins: int = 20) -> str:
-    """How often values between 0 and 1 occur, as SVG bars."""
-    finite = np.array([value for value in values if math.isfinite(value)])
-    if len(finite) == 0:
-        return '<p class="muted">Nothing was recorded.</p>'
-    counts, _ = np.histogram(np.clip(finite, 0, 1), bins=bins, range=(0, 1))
-    width, height, bottom = 340, 130, 36
-    parts = [f'<svg class="chart small" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(x_label)}">']
-    for index, count in enumerate(counts):
-        tall = (height - bottom - 8) * count / counts.max()
-        x, wide = 10 + index * (width - 20) / bins, (width - 20) / bins - 1.5
-        parts.append(
-            f'<rect class="column" x="{x:.1f}" y="{height - bottom - tall:.1f}" width="{wide:.1f}" '
-            f'height="{tall:.1f}"><title>{count}</title></rect>'
-        )
-    for share, anchor in ((0.0, "start"), (0.5, "middle"), (1.0, "end")):
-        x = 10 + share * (width - 20)
-        parts.append(f'<text x="{x:.1f}" y="{height - 20}" text-anchor="{anchor}">{share:.0%}</text>')
-    parts.append(f'<text x="{width / 2}" y="{height - 4}" text-anchor="middle">{escape(x_label)}</text></svg>')
-    return "".join(parts)
+def _arrow(draw: ImageDraw.ImageDraw, x: float, y: float) -> None:
+    draw.polygon([(x - 5, y - 9), (x + 6, y), (x - 5, y + 9)], fill=(110, 122, 140))
 
 
-def _legend(names: Sequence[str], y_label: str) -> str:
-    items = "".join(
-        f'<span><i style="background:{_LINES[index % 5]}"></i>{escape(name)}</span>' for index, name in enumerate(names)
-    )
-    return f'<p class="legend"><b>{escape(y_label)}</b>{items}</p>'
-
-
-def _span(values: Sequence[float]) -> tuple[float, float]:
-    low, high = min(values), max(values)
-    return (low, high) if high > low else (low - 0.5, high + 0.5)
-
-
-def _ticks(low: float, high: float) -> list[float]:
-    """Four to seven round numbers between two ends."""
-    rough = (high - low) / 5
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough)
-    first = math.ceil(low / step - 1e-9)
-    return [first_step * step for first_step in range(first, math.floor(high / step + 1e-9) + 1)]
-
-
-def _number(value: float) -> str:
-    return f"{value:.6g}" if value else "0"
+def _fitting(draw: ImageDraw.ImageDraw, text: str, size: int, width_px: int) -> Any:
+    """The default font, as large as wanted, smaller where the text would not fit."""
+    while size > 11 and draw.textlength(text, font=ImageFont.load_default(size=size)) > width_px:
+        size -= 1
+    return ImageFont.load_default(size=size)

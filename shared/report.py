@@ -1,143 +1,61 @@
-"""One-file HTML reports: no request leaves the page, nothing needs a script, all text is escaped."""
+"""One-file HTML reports of the stages and of a whole chain, from plain arrays and numbers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import cycle
 from typing import Any
 
 import numpy as np
 
-from shared.artifact import NOT_FOR_DIAGNOSIS
-from shared.figures import REGION_COLOURS, histogram, interval_chart, line_chart, overlay, picture
+from shared.charts import Row, arms_chart, confusion_matrix, duration_bars, histogram, interval_chart, line_chart
+from shared.gallery import Case, Example, cases, gallery, story, wordings
+from shared.page import Section, chips, commands, digest, lines, page, table
 
-_STYLE = """
-:root{--bg:#fbfbfa;--card:#fff;--ink:#1b222c;--muted:#5d6775;--line:#e3e6ea;--c1:#b45f06;--c2:#0b7a75;--c3:#b0256b;
---c4:#4553c7;--c5:#557a12;--ok:#1c7c3c;--bad:#b3261e;--warn:#fff4dc;--warnink:#5f4300}
-@media(prefers-color-scheme:dark){:root{--bg:#11151c;--card:#191f29;--ink:#e8ecf2;--muted:#9aa6b6;--line:#2b3442;
---c1:#ffb347;--c2:#4fd1c5;--c3:#f687b3;--c4:#9aa5ff;--c5:#a3d154;--ok:#68d391;--bad:#fc8b84;--warn:#3a2f14;
---warnink:#ffdd94}}
-*{box-sizing:border-box}body{margin:0;background:var(--bg);color:var(--ink);font:16px/1.55 system-ui,-apple-system,
-"Segoe UI",Roboto,sans-serif}main{max-width:1120px;margin:0 auto;padding:32px 20px 64px}
-h1{font-size:1.9rem;line-height:1.2;margin:0 0 6px;letter-spacing:-.01em}h2{font-size:1.2rem;margin:0 0 10px}
-.sub{color:var(--muted);margin:0 0 18px;max-width:75ch}.notice{display:inline-block;background:var(--warn);
-color:var(--warnink);border-radius:6px;padding:4px 12px;font-size:.9rem;margin:0 0 20px}
-section{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:20px 22px;margin:0 0 18px;
-overflow-x:auto}.muted,.note{color:var(--muted);font-size:.92rem;max-width:85ch}.note{margin:12px 0 0}
-dl{display:grid;grid-template-columns:repeat(auto-fill,minmax(165px,1fr));gap:12px 20px;margin:0 0 20px}
-dt{color:var(--muted);font-size:.82rem}dd{margin:0;font-weight:600;overflow-wrap:anywhere}
-table{border-collapse:collapse;width:100%;font-size:.93rem}th{text-align:left;color:var(--muted);font-weight:500}
-th,td{padding:7px 12px 7px 0;border-bottom:1px solid var(--line);vertical-align:top;overflow-wrap:anywhere}
-td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}
-code{font:.88em ui-monospace,Menlo,Consolas,monospace;overflow-wrap:anywhere}
-.row{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:12px;margin:0 0 16px}
-.row.wide{grid-template-columns:repeat(auto-fit,minmax(300px,1fr))}figure{margin:0}
-figure img{width:100%;height:auto;border-radius:8px;display:block;background:#000}
-figcaption{font-size:.85rem;color:var(--muted);margin-top:5px;overflow-wrap:anywhere}figcaption b{color:var(--ink)}
-.chart{width:100%;max-width:560px;height:auto;display:block}.chart.small{max-width:340px}
-.chart text{fill:var(--muted);font-size:12px}.chart .grid{stroke:var(--line)}
-.chart polyline{fill:none;stroke-width:2;stroke-linejoin:round}.chart .bar{stroke:var(--c2);stroke-width:5;
-stroke-linecap:round;opacity:.45}.chart .dot,.chart .column{fill:var(--c2)}
-.legend{font-size:.85rem;color:var(--muted);margin:4px 0 0;display:flex;flex-wrap:wrap;gap:4px 16px}
-.legend i{display:inline-block;width:12px;height:12px;border-radius:3px;margin-right:6px;vertical-align:-1px}
-.legend b{color:var(--ink);font-weight:500}.ok{color:var(--ok);font-weight:600}.bad{color:var(--bad);font-weight:600}
-.chip{border:1px solid var(--line);border-radius:99px;padding:1px 10px;margin:0 4px 4px 0;display:inline-block;
-font-size:.88rem}footer{color:var(--muted);font-size:.85rem}
-@media print{body{background:#fff}section{break-inside:avoid}}
-"""
+__all__ = [
+    "ONE_BRAIN",
+    "Case",
+    "Example",
+    "Made",
+    "Section",
+    "audit_report",
+    "audit_table",
+    "chips",
+    "finetune_report",
+    "gallery",
+    "lineage",
+    "localize_report",
+    "page",
+    "pretrain_report",
+    "table",
+    "tour_report",
+]
+
+Series = Mapping[str, tuple[Sequence[float], Sequence[float]]]
+
+ONE_BRAIN = "One template brain shows that the pipeline runs, not that pretraining helps."
+_MARKS = {"identical": ("ok", "✓"), "tolerant": ("ok", "✓"), "unrecomputable": ("open", "–")}
 
 
 @dataclass(frozen=True)
-class Section:
-    """A card of a page: heading as text, body as HTML, a note as text."""
-
-    heading: str
-    body: str
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class Example:
-    """One image with what was made of it.
+class Made:
+    """An artifact in a lineage.
 
     Attributes:
-        sample_id: Shown under the pictures.
-        image: Float [C, H, W] in [0, 1].
-        maps: Region name -> float [h, w] in [0, 1].
-        hidden: Bool [gh, gw], or None.
-        reconstruction: Float [C, H, W] in [0, 1], or None.
+        name: Of its folder.
+        kind: Of the artifact.
+        artifact_id: 64 hexadecimal digits.
+        inputs: Artifact ids or names of what it was made from.
+        seconds: Its making took, or None where it was there already.
     """
 
-    sample_id: str
-    image: np.ndarray[Any, Any]
-    maps: Mapping[str, np.ndarray[Any, Any]]
-    hidden: np.ndarray[Any, Any] | None = None
-    reconstruction: np.ndarray[Any, Any] | None = None
-
-
-def page(title: str, subtitle: str, sections: Iterable[Section], facts: Mapping[str, object] | None = None) -> str:
-    """A whole HTML page.
-
-    Args:
-        title: Also the window's.
-        subtitle: One or two sentences.
-        sections: Cards, top to bottom.
-        facts: Short values shown above the cards.
-    """
-    shown = "".join(
-        f"<div><dt>{escape(key)}</dt><dd>{escape(str(value))}</dd></div>" for key, value in (facts or {}).items()
-    )
-    cards = "".join(
-        f"<section><h2>{escape(item.heading)}</h2>{item.body}"
-        + (f'<p class="note">{escape(item.note)}</p>' if item.note else "")
-        + "</section>"
-        for item in sections
-    )
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f'<title>{escape(title)}</title><link rel="icon" href="data:,"><style>{_STYLE}</style></head><body><main>'
-        f'<h1>{escape(title)}</h1><p class="sub">{escape(subtitle)}</p><p class="notice">{NOT_FOR_DIAGNOSIS}</p>'
-        + (f"<dl>{shown}</dl>" if shown else "")
-        + f"{cards}<footer>Mask What Matters. {NOT_FOR_DIAGNOSIS}</footer></main></body></html>\n"
-    )
-
-
-def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A table; numbers are set right, everything is escaped."""
-    head, lines = "".join(f"<th>{escape(name)}</th>" for name in columns), []
-    for row in rows:
-        cells = "".join(
-            f'<td class="n">{_shown(cell)}</td>' if isinstance(cell, int | float) else f"<td>{_shown(cell)}</td>"
-            for cell in row
-        )
-        lines.append(f"<tr>{cells}</tr>")
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
-
-
-def gallery(examples: Iterable[Example]) -> str:
-    """A row of pictures an example: image, region maps, drawn mask, reconstruction."""
-    rows = []
-    for item in examples:
-        figures = [_figure(overlay(item.image), "image", item.sample_id)]
-        for index, (name, region_map) in enumerate(item.maps.items()):
-            colour = REGION_COLOURS[index % len(REGION_COLOURS)]
-            figures.append(_figure(overlay(item.image, region_map, colour=colour), "region map", name))
-        if item.hidden is not None:
-            share = f"{item.hidden.mean():.0%} of the image hidden"
-            figures.append(_figure(overlay(item.image, hidden=item.hidden), "drawn mask", share))
-        if item.reconstruction is not None:
-            figures.append(
-                _figure(overlay(item.reconstruction), "reconstruction", "hidden patches as the model fills them")
-            )
-        rows.append(f'<div class="row">{"".join(figures)}</div>')
-    return "".join(rows)
-
-
-def chips(texts: Iterable[str]) -> str:
-    """Short texts side by side, e.g. the wordings of a prompt."""
-    return "".join(f'<span class="chip">{escape(text)}</span>' for text in texts)
+    name: str
+    kind: str
+    artifact_id: str
+    inputs: Sequence[str] = ()
+    seconds: float | None = None
 
 
 def localize_report(
@@ -156,30 +74,13 @@ def localize_report(
         examples: Some images with their maps.
         coverage: Region -> share of each image at a probability of 0.5 or more.
         quarantined: Reason -> images left out.
-        facts: Counts and settings worth a glance.
+        facts: Counts, settings and throughput worth a glance.
         warnings: What a reader should act upon.
     """
-    asked = table(
-        ("region", "wordings", "images", "of them empty", "median share"),
-        [
-            (
-                name,
-                ", ".join(texts),
-                len(coverage[name]),
-                sum(value == 0 for value in coverage[name]),
-                f"{np.median(coverage[name]):.1%}" if coverage[name] else "none",
-            )
-            for name, texts in prompts.items()
-        ],
-    )
-    spread = "".join(
-        f"<figure>{histogram(values, x_label='share of the image')}<figcaption>{escape(name)}</figcaption></figure>"
-        for name, values in coverage.items()
-    )
     sections = [
-        Section("What was asked", asked),
-        Section("What was found", gallery(examples), "Tint: probability. Outline: probability 0.5."),
-        Section("How much of the images each region covers", f'<div class="row wide">{spread}</div>'),
+        Section("What was asked", wordings(prompts), "A region's map is the maximum over its wordings."),
+        Section("What was found", gallery(examples)),
+        _coverage(coverage),
         _left_out(quarantined, warnings),
     ]
     return page(
@@ -189,11 +90,12 @@ def localize_report(
 
 def pretrain_report(
     *,
-    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
-    hidden: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    curves: Series,
+    hidden: Series,
     examples: Sequence[Example],
     facts: Mapping[str, object],
     warnings: Sequence[str] = (),
+    settings: Mapping[str, object] | None = None,
 ) -> str:
     """Report of stage 2.
 
@@ -203,28 +105,29 @@ def pretrain_report(
         examples: With drawn masks and reconstructions.
         facts: Counts and settings worth a glance.
         warnings: What a reader should act upon.
+        settings: Dotted key -> value, as resolved.
     """
-    charts = (
-        f'<div class="row wide"><div>{line_chart(curves, x_label="step", y_label="loss")}</div>'
-        f"<div>{line_chart(hidden, x_label='epoch', y_label='share hidden', zero=True)}</div></div>"
-    )
     sections = [
         Section("What the encoder saw and what it filled in", gallery(examples)),
-        Section("How it went", charts),
+        _training(curves, hidden),
         _left_out({}, warnings),
     ]
+    if settings:
+        sections.append(Section("Settings", table(("setting", "value"), [(k, str(v)) for k, v in settings.items()])))
     return page("Encoder", "Pretrained by reconstructing what the prompts say matters.", sections, facts)
 
 
 def finetune_report(
     *,
-    scores: Sequence[tuple[str, float, float, float]],
+    scores: Sequence[Row],
     classes: Sequence[str],
     confusion: Sequence[Sequence[int]],
-    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    curves: Series,
     facts: Mapping[str, object],
     note: str,
     warnings: Sequence[str] = (),
+    worst: Sequence[Case] = (),
+    chance: Mapping[str, float] | None = None,
 ) -> str:
     """Report of stage 3.
 
@@ -236,52 +139,173 @@ def finetune_report(
         facts: Counts and settings worth a glance.
         note: How to read the scores: number of groups, how intervals are made.
         warnings: What a reader should act upon.
+        worst: Cases where the model was most sure and wrong.
+        chance: Score -> what guessing reaches, for a line to compare with.
     """
-    rows = [(name, f"{value:.3f}", f"{low:.3f} to {high:.3f}") for name, value, low, high in scores]
-    body = table(("score", "value", "95 % interval"), rows) + interval_chart(scores)
-    matrix = table(
-        ("label \\ predicted", *classes), [(name, *row) for name, row in zip(classes, confusion, strict=True)]
-    )
+    losses = {name: line for name, line in curves.items() if "loss" in name}
+    others = {name: line for name, line in curves.items() if "loss" not in name}
+    charts = [line_chart(losses, x_label="epoch", y_label="loss")] if losses or not others else []
+    if others:
+        charts.append(line_chart(others, x_label="epoch", y_label="score"))
     sections = [
-        Section("Scores on the test part, touched once", body, note),
-        Section("Which class was taken for which", matrix),
-        Section("How it went", line_chart(curves, x_label="epoch", y_label="value")),
+        Section("Scores on the test part, touched once", interval_chart(scores, chance=chance), note),
+        Section(
+            "Which class was taken for which", confusion_matrix(classes, confusion), "Counts; shade: share of the row."
+        ),
+        Section("How it went", _beside(charts)),
+        Section("Most sure and wrong", cases(worst) if worst else ""),
         _left_out({}, warnings),
     ]
     return page("Model", "An encoder with labels: scores on images of groups it never saw.", sections, facts)
 
 
 def audit_table(rows: Iterable[Mapping[str, Any]]) -> str:
-    """Verdicts as a table."""
-    lines = "".join(
+    """Verdicts as a table.
+
+    Args:
+        rows: ``artifact``, ``check``, ``checked`` (a count), ``verdict``, ``detail``.
+    """
+    body = "".join(
         f"<tr><td>{escape(str(row['artifact']))}</td><td>{escape(str(row['check']))}</td>"
-        f'<td class="n">{int(row["checked"])}</td>'
-        f'<td class="{"ok" if row["verdict"] == "identical" else "bad"}">{escape(str(row["verdict"]))}</td>'
-        f"<td>{escape(str(row['detail']))}</td></tr>"
+        f'<td class="n">{int(row["checked"])}</td><td>{_verdict(str(row["verdict"]))}</td>'
+        f'<td class="text">{escape(str(row["detail"]))}</td></tr>'
         for row in rows
     )
     head = '<th>artifact</th><th>check</th><th class="n">checked</th><th>verdict</th><th>detail</th>'
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table>"
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def audit_report(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Report of an audit."""
-    bad = sum(row["verdict"] != "identical" for row in rows)
-    told = "Every check passed." if not bad else f"{bad} of {len(rows)} checks did not pass."
+    """Report of an audit: what failed and what could not be recomputed is said first."""
+    kinds = [_MARKS.get(str(row["verdict"]), ("bad", ""))[0] for row in rows]
+    told = f"{kinds.count('bad')} of {len(rows)} checks did not pass." if "bad" in kinds else "Every check passed."
+    if "open" in kinds:
+        told = told if "bad" in kinds else f"{kinds.count('ok')} of {len(rows)} checks passed."
+        told += f" {kinds.count('open')} could not be recomputed here."
     return page("Audit", told, [Section("Verdicts", audit_table(rows))])
 
 
+def lineage(made: Sequence[Made]) -> str:
+    """What was made from what: a line to see, a table with whole digests to compare."""
+    names = {item.artifact_id: item.name for item in made}
+    flow = '<i aria-hidden="true">→</i>'.join(
+        f"<span>{escape(item.name)}<small>{escape(item.kind)}</small></span>" for item in made
+    )
+    rows = "".join(
+        f"<tr><td>{escape(item.name)}</td><td>{escape(item.kind)}</td>"
+        f"<td>{escape(', '.join(names.get(source, source[:12]) for source in item.inputs)) or '–'}</td>"
+        f'<td class="text">{digest(item.artifact_id)}</td></tr>'
+        for item in made
+    )
+    head = "<th>folder</th><th>kind</th><th>made from</th><th>artifact id (sha256)</th>"
+    return (
+        f'<div class="flow">{flow}</div><div class="scroll"><table><thead><tr>{head}</tr></thead>'
+        f"<tbody>{rows}</tbody></table></div>"
+    )
+
+
+def tour_report(
+    *,
+    prompts: Mapping[str, Sequence[str]],
+    examples: Sequence[Example],
+    curves: Series,
+    hidden: Series,
+    arms: Mapping[str, Sequence[Row]],
+    audit: Sequence[Mapping[str, Any]],
+    made: Sequence[Made],
+    again: Sequence[str],
+    facts: Mapping[str, object],
+    coverage: Mapping[str, Sequence[float]] | None = None,
+    learning: Series | None = None,
+    chance: Mapping[str, float] | None = None,
+    quarantined: Mapping[str, int] | None = None,
+    warnings: Sequence[str] = (),
+    note: str = "",
+    title: str = "From words to a mask to an encoder",
+) -> str:
+    """Report of a whole chain; a part without content is left out.
+
+    Args:
+        prompts: Region -> its wordings.
+        examples: With drawn masks and reconstructions; the first one tells the story.
+        curves: Of pretraining: name -> steps and loss.
+        hidden: Name (inside, outside, overall) -> epochs and share hidden, 0 to 1.
+        arms: Start (from the encoder, from scratch) -> its scores on the test part, with 95 % intervals.
+        audit: Rows of `audit_table`.
+        made: Artifacts in the order of their making.
+        again: Commands that make it again and lead on.
+        facts: Counts worth a glance.
+        coverage: Region -> share of each image at a probability of 0.5 or more.
+        learning: Of finetuning: name -> epochs and values.
+        chance: Score -> what guessing reaches, for a line to compare with.
+        quarantined: Reason -> images left out.
+        warnings: What a reader should act upon.
+        note: How to read the scores; `ONE_BRAIN` for the template.
+        title: Of the page.
+    """
+    told = [item for item in examples if item.hidden is not None] or list(examples)
+    took = [(item.name, item.seconds) for item in made if item.seconds is not None]
+    compared = arms_chart(arms, chance=chance) + _scores(arms)
+    sections = [
+        Section("What the tool did, in one picture", story(told[0], prompts) if told else ""),
+        Section("Region maps, drawn masks, reconstructions", gallery(examples) if examples else ""),
+        _coverage(coverage) if coverage else Section("", ""),
+        _training(curves, hidden) if curves or hidden else Section("", ""),
+        Section("From the encoder, and from scratch", compared if arms else "", note if arms else "", loud=True),
+        Section("Finetuning", line_chart(learning, x_label="epoch", y_label="value") if learning else ""),
+        Section("Audit: recorded, drawn again, compared", audit_table(audit) if audit else ""),
+        Section("What was made from what", lineage(made) if made else ""),
+        Section("How long it took", duration_bars(took) if took else ""),
+        _left_out(quarantined or {}, warnings),
+        Section("Make it again", commands(again) if again else ""),
+    ]
+    subtitle = "Words say what matters in an image; the encoder learns by reconstructing exactly that."
+    return page(title, subtitle, sections, facts)
+
+
+def _scores(arms: Mapping[str, Sequence[Row]]) -> str:
+    """Scores down, arms across; a score that an arm lacks is a dash."""
+    by_arm = {
+        arm: {name: f"{v:.3f} ({low:.3f} to {high:.3f})" for name, v, low, high in rows} for arm, rows in arms.items()
+    }
+    names = dict.fromkeys(name for found in by_arm.values() for name in found)
+    rows = [(name, *(found.get(name, "–") for found in by_arm.values())) for name in names]
+    return table(("score (95 % interval)", *arms), rows)
+
+
+def _coverage(coverage: Mapping[str, Sequence[float]]) -> Section:
+    rows = [
+        (name, len(shares), sum(share == 0 for share in shares), f"{np.median(shares):.1%}" if len(shares) else "none")
+        for name, shares in coverage.items()
+    ]
+    charts = "".join(
+        f"<figure><h3>{escape(name)}</h3>{histogram(shares, x_label='share of the image', style=place)}</figure>"
+        for place, (name, shares) in zip(cycle(range(1, 6)), coverage.items(), strict=False)
+    )
+    body = table(("region", "images", "empty maps", "median share"), rows)
+    return Section(
+        "How much of the images each region covers",
+        f'{body}<br><div class="row wide">{charts}</div>',
+        "Share: pixels at a probability of 0.5 or more. Empty: no such pixel. Columns count images.",
+    )
+
+
+def _training(curves: Series, hidden: Series) -> Section:
+    charts = [line_chart(curves, x_label="step", y_label="loss")]
+    charts.append(line_chart(hidden, x_label="epoch", y_label="share hidden", zero=True))
+    return Section("How pretraining went", _beside(charts))
+
+
+def _beside(charts: Sequence[str]) -> str:
+    return f'<div class="row wide">{"".join(f"<div>{chart}</div>" for chart in charts)}</div>'
+
+
 def _left_out(quarantined: Mapping[str, int], warnings: Sequence[str]) -> Section:
-    lines = [(reason, count) for reason, count in sorted(quarantined.items())]
-    body = table(("reason", "images"), lines) if lines else ""
-    body += "".join(f"<p>{escape(text)}</p>" for text in warnings)
+    body = table(("reason", "images"), sorted(quarantined.items())) if quarantined else ""
+    body += lines(warnings)
     return Section("Left out and noticed", body or '<p class="muted">Nothing was left out; no warnings.</p>')
 
 
-def _figure(pixels: np.ndarray[Any, Any], what: str, caption: str) -> str:
-    shown = picture(pixels, f"{what}: {caption}")
-    return f"<figure>{shown}<figcaption><b>{escape(what)}</b> {escape(caption)}</figcaption></figure>"
-
-
-def _shown(cell: object) -> str:
-    return f"{cell:.3f}" if isinstance(cell, float) else escape(str(cell))
+def _verdict(verdict: str) -> str:
+    kind, mark = _MARKS.get(verdict, ("bad", "✗"))
+    return f'<span class="verdict {kind}">{mark} {escape(verdict)}</span>'

@@ -3,53 +3,68 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from shared.figures import histogram, interval_chart, line_chart, overlay, png, strip
+from shared.page import commands, digest
 from shared.report import (
+    ONE_BRAIN,
+    Case,
     Example,
+    Made,
     Section,
     audit_report,
     finetune_report,
     gallery,
+    lineage,
     localize_report,
     page,
     pretrain_report,
     table,
+    tour_report,
 )
 
-VOID = {"meta", "link", "img", "br"}
-EVIL = '<script>alert("x")</script>&"\''
+VOID = {"meta", "link", "img", "br", "input"}
+EVIL = '<script>alert("x")</script>&"\'><img src=x onerror=y>'
+LINES = {EVIL: ([0, 1, 2], [1.0, float("nan"), 3.0]), "one": ([1], [2.0]), "none": ([], [])}
+AUDIT = {"artifact": EVIL, "check": "c", "checked": 3, "verdict": "drift", "detail": EVIL}
 
 
 class Balanced(HTMLParser):
-    """Fails on a tag that is closed wrongly."""
+    """Fails on a tag that is closed wrongly; keeps what was opened."""
 
     def __init__(self) -> None:
         super().__init__()
         self.stack: list[str] = []
-        self.seen: set[str] = set()
+        self.seen: list[tuple[str, dict[str, str | None]]] = []
 
-    def handle_starttag(self, tag: str, attrs: list) -> None:
-        self.seen.add(tag)
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.append((tag, dict(attrs)))
         if tag not in VOID:
             self.stack.append(tag)
 
-    def handle_startendtag(self, tag: str, attrs: list) -> None:
-        self.seen.add(tag)
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.append((tag, dict(attrs)))
 
     def handle_endtag(self, tag: str) -> None:
         assert self.stack.pop() == tag
 
 
 def check(html: str) -> None:
+    """Well-formed, asks for nothing, runs no script but its own, says what it is not for."""
     parser = Balanced()
     parser.feed(html)
     assert parser.stack == []
-    assert "script" not in parser.seen
-    assert not re.search(r"""(src|href)=["'](?!data:)|url\(|https?://""", html)
+    assert [attrs for tag, attrs in parser.seen if tag == "script"] == [{}]
+    for tag, attrs in parser.seen:
+        assert not [name for name in attrs if name.startswith("on")]
+        for name in ("src", "href", "data-map"):
+            if name in attrs:
+                assert re.match(r"data:|#s\d+$", attrs[name] or ""), (tag, name, attrs[name])
+    assert not re.search(r"url\(|https?:|@import", html)
     assert html.count("Not for diagnosis") >= 2
+    assert "default-src 'none'" in html
+    ids = [attrs["id"] for _, attrs in parser.seen if "id" in attrs]
+    assert len(ids) == len(set(ids))
+    assert {attrs["href"] for tag, attrs in parser.seen if tag == "a"} <= {f"#{name}" for name in ids}
 
 
 @pytest.fixture
@@ -58,8 +73,27 @@ def example() -> Example:
     return Example(EVIL, (x * y)[None], {EVIL: x, "b": y}, np.eye(5, dtype=bool), (y * y)[None])
 
 
+def tour(examples: list[Example]) -> str:
+    return tour_report(
+        prompts={EVIL: [EVIL, "other"], "b": ["b"]},
+        examples=examples,
+        curves=LINES,
+        hidden=LINES,
+        arms={"encoder": [(EVIL, 0.5, 0.25, 0.75)], EVIL: [("only here", float("nan"), 0.1, 0.9)]},
+        audit=[AUDIT],
+        made=[Made(EVIL, "encoder", "a" * 64, ("b" * 64, EVIL), 3.0)],
+        again=["mwm run tour", EVIL],
+        facts={EVIL: EVIL},
+        coverage={EVIL: [0.0, 0.5]},
+        learning=LINES,
+        chance={EVIL: 0.25},
+        quarantined={EVIL: 1},
+        warnings=[EVIL],
+        note=ONE_BRAIN,
+    )
+
+
 def test_every_report_is_whole_escaped_and_asks_for_nothing(example: Example) -> None:
-    line = {EVIL: ([0, 1, 2], [1.0, float("nan"), 3.0]), "one": ([1], [2.0]), "none": ([], [])}
     pages = [
         localize_report(
             prompts={EVIL: [EVIL], "b": ["b"]},
@@ -69,73 +103,114 @@ def test_every_report_is_whole_escaped_and_asks_for_nothing(example: Example) ->
             facts={EVIL: EVIL},
             warnings=[EVIL],
         ),
-        pretrain_report(curves=line, hidden=line, examples=[example], facts={"a": 1}),
+        pretrain_report(curves=LINES, hidden=LINES, examples=[example], facts={"a": 1}, settings={EVIL: EVIL}),
         finetune_report(
             scores=[(EVIL, 0.5, 0.25, 0.75)],
             classes=[EVIL, "b"],
             confusion=[[3, 1], [0, 4]],
-            curves=line,
+            curves={**LINES, "val loss": ([1], [2])},
             facts={},
             note=EVIL,
+            worst=[Case(EVIL, example.image, EVIL, EVIL, 0.9)],
         ),
-        audit_report([{"artifact": EVIL, "check": "c", "checked": 3, "verdict": "drift", "detail": EVIL}]),
+        audit_report([AUDIT]),
+        tour([example]),
     ]
     for html in pages:
         check(html)
-        assert "alert(&quot;x&quot;)" in html or "alert(&#34;x" in html
+        assert "&lt;script&gt;alert(&quot;x&quot;)" in html
+
+
+def test_reports_without_content_are_still_pages() -> None:
+    empty = {"curves": {}, "facts": {}}
+    check(localize_report(prompts={}, examples=[], coverage={}, quarantined={}, facts={}))
+    check(pretrain_report(hidden={}, examples=[], **empty))
+    check(finetune_report(scores=[], classes=[], confusion=[], note="", **empty))
+    check(audit_report([]))
+    html = tour_report(prompts={}, examples=[], hidden={}, arms={}, audit=[], made=[], again=[], **empty)
+    check(html)
+    assert html.count("<section") == 1  # what was left out is always said
 
 
 def test_the_same_inputs_give_the_same_bytes(example: Example) -> None:
-    one, two = (page("t", "s", [Section("h", gallery([example]))]) for _ in range(2))
-    assert one == two
+    assert tour([example]) == tour([example])
 
 
-def test_an_overlay_shows_where_it_is_probable_and_hides_what_is_hidden() -> None:
-    image = np.full((1, 8, 8), 0.5)
+def test_a_tour_of_many_real_sized_images_stays_small() -> None:
+    rng = np.random.default_rng(0)
+    grid = np.add.outer(np.arange(256), np.arange(256)) / 512
+    examples = [
+        Example(
+            f"axial/{i}",
+            (0.6 * grid + 0.05 * rng.random((256, 256)))[None],
+            {"grey matter": np.sin(9 * grid + i) ** 2, "white matter": np.cos(9 * grid) ** 2},
+            rng.random((14, 14)) < 0.6,
+            grid[None],
+        )
+        for i in range(8)
+    ]
+    assert 100_000 < len(tour(examples).encode()) < 2_500_000
+
+
+def test_the_one_brain_is_said_where_it_is_asked_for(example: Example) -> None:
+    assert ONE_BRAIN == "One template brain shows that the pipeline runs, not that pretraining helps."
+    assert f'<p class="note loud">{ONE_BRAIN}</p>' in tour([example])
+
+
+def test_a_gallery_says_how_much_of_the_region_is_hidden() -> None:
     region = np.zeros((8, 8))
     region[:4] = 1
-    tinted = overlay(image, region, colour=(255, 0, 0), side_px=64)
-    assert tinted.shape == (64, 64, 3)
-    assert (tinted[8, :, 0] > 170).all()
-    assert (tinted[60] == 127).all()
-    hidden = np.zeros((2, 2), bool)
-    hidden[0, 1] = True
-    masked = overlay(image, hidden=hidden, side_px=64)
-    assert masked[10, 50].max() < 60
-    assert masked[10, 10].min() > 120
-    assert overlay(image[:, :4], side_px=64).shape == (32, 64, 3)
+    hidden = np.zeros((4, 4), bool)
+    hidden[0] = hidden[3, :1] = True
+    html = gallery([Example("a", np.zeros((1, 8, 8)), {"r": region}, hidden)])
+    assert "31% hidden, 50% of the region" in html
+    assert '<span class="share">50.0%</span>' in html
+    none = gallery([Example("a", np.zeros((1, 8, 8)), {"r": 0 * region}, hidden)])
+    assert "31% hidden, no region" in none
 
 
-@given(
-    st.lists(
-        st.tuples(st.floats(-1e6, 1e6), st.one_of(st.floats(-1e9, 1e9), st.just(float("nan")), st.just(float("inf")))),
-        max_size=12,
+def test_a_gallery_carries_maps_only_for_its_slider(example: Example) -> None:
+    assert gallery([example]).count("data-map=") == 2
+    assert "data-map" not in gallery([example], controls=False)
+    assert 'class="controls" hidden' in gallery([example])  # shown by the script alone
+
+
+def test_an_audit_says_first_what_did_not_pass() -> None:
+    def said(*verdicts: str) -> str:
+        html = audit_report([{**AUDIT, "verdict": verdict} for verdict in verdicts])
+        found = re.search(r'<p class="sub">([^<]*)</p>', html)
+        assert found
+        return found[1]
+
+    assert said("identical", "tolerant") == "Every check passed."
+    assert said("identical", "drift", "missing") == "2 of 3 checks did not pass."
+    assert said("identical", "unrecomputable") == "1 of 2 checks passed. 1 could not be recomputed here."
+    assert said("corrupt", "unrecomputable").startswith("1 of 2 checks did not pass. 1 could")
+
+
+def test_lineage_names_inputs_it_knows_and_shows_whole_digests() -> None:
+    html = lineage(
+        [Made("regions", "region-store", "a" * 64), Made("encoder", "encoder", "b" * 64, ("a" * 64, "c" * 64))]
     )
-)
-def test_a_chart_draws_every_finite_point_inside_its_frame(points: list[tuple[float, float]]) -> None:
-    svg = line_chart({"a": ([x for x, _ in points], [y for _, y in points])}, x_label="x", y_label="y")
-    finite = [point for point in points if np.isfinite(point).all()]
-    found = re.search(r'polyline points="([^"]*)"', svg)
-    assert bool(found) == bool(finite)
-    if found:
-        drawn = [tuple(map(float, pair.split(","))) for pair in found[1].split()]
-        assert len(drawn) == len(finite)
-        assert all(57 <= x <= 509 and 11 <= y <= 209 for x, y in drawn)
+    assert "<td>regions, cccccccccccc</td>" in html
+    assert f"<b>{'b' * 12}</b>{'b' * 52}" in html
+    assert digest("0" * 64).count("0") == 64
 
 
-def test_histogram_and_intervals() -> None:
-    assert histogram([0.0, 0.0, 1.0], x_label="x").count("<rect") == 20
-    assert "Nothing" in histogram([float("nan")], x_label="x")
-    assert interval_chart([("a", 0.5, 0.4, 0.6)]).count("<circle") == 1
-
-
-def test_table_shows_numbers_to_three_digits() -> None:
+def test_a_table_sets_numbers_right() -> None:
+    html = table(("name", "count", "share"), [("a", 12345, "1.5%"), ("b", np.int64(2), "20%")])
+    assert html.count('<td class="n">') == 4
+    assert "<td>a</td>" in html
+    assert "12\u202f345" in html
     assert '<td class="n">0.123</td>' in table(("a",), [(0.12345,)])
 
 
-def test_a_strip_is_a_png_of_all_panels() -> None:
-    panel = np.zeros((50, 40, 3), np.uint8)
-    raw = strip([("a", panel), ("b", panel)], title="t", gap_px=10)
-    assert raw.startswith(b"\x89PNG")
-    assert int.from_bytes(raw[16:20], "big") == 10 + 2 * 50
-    assert png(panel).startswith(b"\x89PNG")
+def test_links_stand_at_the_top_of_long_pages_and_empty_cards_are_left_out() -> None:
+    sections = [Section(f"h{place}", "<p>x</p>") for place in range(5)]
+    assert page("t", "s", sections).count('<a href="#s') == 5
+    assert "<nav>" not in page("t", "s", [*sections[:4], Section("empty", "")])
+    assert "empty" not in re.sub(r"<style>.*?</style>|<script>.*?</script>", "", page("t", "s", [Section("empty", "")]))
+
+
+def test_commands_keep_their_lines() -> None:
+    assert commands(["a <b>", "c"]) == "<pre><code>a &lt;b&gt;\nc</code></pre>"
