@@ -188,9 +188,12 @@ def audit_report(rows: Sequence[Mapping[str, Any]]) -> str:
 def lineage(made: Sequence[Made]) -> str:
     """What was made from what: a line to see, a table with whole digests to compare."""
     names = {item.artifact_id: item.name for item in made}
-    flow = '<i aria-hidden="true">→</i>'.join(
-        f"<span>{escape(item.name)}<small>{escape(item.kind)}</small></span>" for item in made
-    )
+    flow = ""
+    for before, item in zip([None, *made], made, strict=False):
+        # An arrow only where one was made from the other; two arms stand side by side.
+        mark = "" if before is None else "→" if {before.name, before.artifact_id} & {*item.inputs} else "+"
+        flow += f'<i aria-hidden="true">{mark}</i>' if mark else ""
+        flow += f"<span>{escape(item.name)}<small>{escape(item.kind)}</small></span>"
     rows = "".join(
         f"<tr><td>{escape(item.name)}</td><td>{escape(item.kind)}</td>"
         f"<td>{escape(', '.join(names.get(source, source[:12]) for source in item.inputs)) or '–'}</td>"

@@ -195,6 +195,10 @@ def test_lineage_names_inputs_it_knows_and_shows_whole_digests() -> None:
     assert "<td>regions, cccccccccccc</td>" in html
     assert f"<b>{'b' * 12}</b>{'b' * 52}" in html
     assert digest("0" * 64).count("0") == 64
+    beside = lineage(
+        [Made("a", "model", "a" * 64), Made("b", "model", "b" * 64, ("a" * 64,)), Made("c", "model", "c" * 64)]
+    )
+    assert re.findall(r">([→+])<", beside) == ["→", "+"]
 
 
 def test_a_table_sets_numbers_right() -> None:
