@@ -40,6 +40,25 @@ class Section:
     loud: bool = False
 
 
+@dataclass(frozen=True)
+class Made:
+    """An artifact in a lineage.
+
+    Attributes:
+        name: Of its folder.
+        kind: Of the artifact.
+        artifact_id: 64 hexadecimal digits.
+        inputs: Artifact ids or names of what it was made from.
+        seconds: Its making took, or None where it was there already.
+    """
+
+    name: str
+    kind: str
+    artifact_id: str
+    inputs: Sequence[str] = ()
+    seconds: float | None = None
+
+
 def page(title: str, subtitle: str, sections: Iterable[Section], facts: Mapping[str, object] | None = None) -> str:
     """A whole HTML page.
 
@@ -104,6 +123,28 @@ def commands(lines: Iterable[str]) -> str:
 def digest(value: str) -> str:
     """A digest whole, its first 12 digits to be seen at a glance."""
     return f'<code class="id"><b>{escape(value[:12])}</b>{escape(value[12:])}</code>'
+
+
+def lineage(made: Sequence[Made]) -> str:
+    """What was made from what: a line to see, a table with whole digests to compare."""
+    names = {item.artifact_id: item.name for item in made}
+    flow = ""
+    for before, item in zip([None, *made], made, strict=False):
+        # An arrow only where one was made from the other; two arms stand side by side.
+        mark = "" if before is None else "→" if {before.name, before.artifact_id} & {*item.inputs} else "+"
+        flow += f'<i aria-hidden="true">{mark}</i>' if mark else ""
+        flow += f"<span>{escape(item.name)}<small>{escape(item.kind)}</small></span>"
+    rows = "".join(
+        f"<tr><td>{escape(item.name)}</td><td>{escape(item.kind)}</td>"
+        f"<td>{escape(', '.join(names.get(source, source[:12]) for source in item.inputs)) or '–'}</td>"
+        f'<td class="text">{digest(item.artifact_id)}</td></tr>'
+        for item in made
+    )
+    head = "<th>folder</th><th>kind</th><th>made from</th><th>artifact id (sha256)</th>"
+    return (
+        f'<div class="flow">{flow}</div><div class="scroll"><table><thead><tr>{head}</tr></thead>'
+        f"<tbody>{rows}</tbody></table></div>"
+    )
 
 
 def lines(texts: Iterable[str]) -> str:

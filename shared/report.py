@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from html import escape
 from itertools import cycle
 from typing import Any
@@ -12,7 +11,7 @@ import numpy as np
 
 from shared.charts import Row, arms_chart, confusion_matrix, duration_bars, histogram, interval_chart, line_chart
 from shared.gallery import Case, Example, cases, gallery, story, wordings
-from shared.page import Section, chips, commands, digest, lines, page, table
+from shared.page import Made, Section, chips, commands, lineage, lines, page, table
 
 __all__ = [
     "ONE_BRAIN",
@@ -37,25 +36,6 @@ Series = Mapping[str, tuple[Sequence[float], Sequence[float]]]
 
 ONE_BRAIN = "One template brain shows that the pipeline runs, not that pretraining helps."
 _MARKS = {"identical": ("ok", "✓"), "tolerant": ("ok", "✓"), "unrecomputable": ("open", "–")}
-
-
-@dataclass(frozen=True)
-class Made:
-    """An artifact in a lineage.
-
-    Attributes:
-        name: Of its folder.
-        kind: Of the artifact.
-        artifact_id: 64 hexadecimal digits.
-        inputs: Artifact ids or names of what it was made from.
-        seconds: Its making took, or None where it was there already.
-    """
-
-    name: str
-    kind: str
-    artifact_id: str
-    inputs: Sequence[str] = ()
-    seconds: float | None = None
 
 
 def localize_report(
@@ -183,28 +163,6 @@ def audit_report(rows: Sequence[Mapping[str, Any]]) -> str:
         told = told if "bad" in kinds else f"{kinds.count('ok')} of {len(rows)} checks passed."
         told += f" {kinds.count('open')} could not be recomputed here."
     return page("Audit", told, [Section("Verdicts", audit_table(rows))])
-
-
-def lineage(made: Sequence[Made]) -> str:
-    """What was made from what: a line to see, a table with whole digests to compare."""
-    names = {item.artifact_id: item.name for item in made}
-    flow = ""
-    for before, item in zip([None, *made], made, strict=False):
-        # An arrow only where one was made from the other; two arms stand side by side.
-        mark = "" if before is None else "→" if {before.name, before.artifact_id} & {*item.inputs} else "+"
-        flow += f'<i aria-hidden="true">{mark}</i>' if mark else ""
-        flow += f"<span>{escape(item.name)}<small>{escape(item.kind)}</small></span>"
-    rows = "".join(
-        f"<tr><td>{escape(item.name)}</td><td>{escape(item.kind)}</td>"
-        f"<td>{escape(', '.join(names.get(source, source[:12]) for source in item.inputs)) or '–'}</td>"
-        f'<td class="text">{digest(item.artifact_id)}</td></tr>'
-        for item in made
-    )
-    head = "<th>folder</th><th>kind</th><th>made from</th><th>artifact id (sha256)</th>"
-    return (
-        f'<div class="flow">{flow}</div><div class="scroll"><table><thead><tr>{head}</tr></thead>'
-        f"<tbody>{rows}</tbody></table></div>"
-    )
 
 
 def tour_report(
