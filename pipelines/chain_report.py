@@ -111,7 +111,7 @@ def _scores(arms: dict[str, Card], template: bool) -> Section:
     rows, plotted = [], []
     for name, card in arms.items():
         for score in ("accuracy", "balanced_accuracy", "auroc"):
-            found, name_of = card.provenance.metrics["test"][score], score.replace("_", " ")
+            found, name_of = card.provenance.metrics["test"][score], score.replace("_", " ").replace("auroc", "AUROC")
             interval = f"{found['low']:.3f} to {found['high']:.3f}" if found["low"] is not None else "none"
             rows.append(
                 (_ARMS[name], name_of, "undefined" if found["value"] is None else f"{found['value']:.3f}", interval)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isqrt
 from pathlib import Path
@@ -272,7 +273,7 @@ def _finish(run: _Run, tally: Tally, fitted: Fitted, log: RunLog) -> tuple[dict[
     examples = draw_examples(
         run.steps,
         run.method,
-        recorder.witnesses[: config.pictures],
+        _spread(recorder.witnesses, config.pictures),
         epoch=config.epochs - 1,
         normalise=run.normalise,
         restore=lambda image: image * config.std + config.mean,
@@ -308,3 +309,9 @@ def _finish(run: _Run, tally: Tally, fitted: Fitted, log: RunLog) -> tuple[dict[
     )
     write_atomic(run.out / "report.html", report.encode())
     return outputs, metrics
+
+
+def _spread(names: Sequence[str], count: int) -> list[str]:
+    """Up to so many names, evenly over the whole list: the first images of a corpus look alike."""
+    count = min(count, len(names))
+    return [names[(2 * index + 1) * len(names) // (2 * count)] for index in range(count)]
