@@ -160,30 +160,6 @@ def map_uri(probability: Float[np.ndarray, "h w"], *, side_px: int = 128) -> str
     return data_uri(png((field * 254 + 0.5).astype(np.uint8)), "png")
 
 
-def strip(panels: Sequence[tuple[str, Rgb]], *, title: str = "", gap_px: int = 14) -> bytes:
-    """Pictures side by side, a caption under each.
-
-    Args:
-        panels: Caption and picture.
-        title: A line above them.
-        gap_px: Space around each.
-
-    Returns:
-        PNG bytes on a dark ground.
-    """
-    tallest = max(pixels.shape[0] for _, pixels in panels)
-    top = 48 if title else gap_px
-    canvas = Image.new("RGB", (gap_px + sum(p.shape[1] + gap_px for _, p in panels), top + tallest + 44), (15, 19, 26))
-    draw, x = ImageDraw.Draw(canvas), gap_px
-    draw.text((gap_px, 13), title, (236, 240, 246), font=ImageFont.load_default(size=20))
-    for caption, pixels in panels:
-        canvas.paste(Image.fromarray(pixels), (x, top))
-        font = _fitting(draw, caption, 17, pixels.shape[1])
-        draw.text((x, top + tallest + 10), caption, (172, 182, 196), font=font)
-        x += pixels.shape[1] + gap_px
-    return png(np.asarray(canvas))
-
-
 def hero(
     image: Float[np.ndarray, "*C H W"],
     prompts: Mapping[str, Sequence[str]],

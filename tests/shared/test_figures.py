@@ -3,7 +3,7 @@ import io
 import numpy as np
 from PIL import Image
 
-from shared.figures import data_uri, hero, map_uri, overlay, paint, picture, png, strip, webp
+from shared.figures import data_uri, hero, map_uri, overlay, paint, picture, png, webp
 
 
 def half() -> np.ndarray:
@@ -70,10 +70,7 @@ def test_encodings_carry_the_pixels_and_repeat() -> None:
     assert len(map_uri(np.zeros((256, 256)))) < 400
 
 
-def test_a_strip_and_a_hero_are_pngs_of_all_panels() -> None:
-    panel = np.zeros((50, 40, 3), np.uint8)
-    raw = strip([("a", panel), ("a caption far too long for its panel", panel)], title="t", gap_px=10)
-    assert Image.open(io.BytesIO(raw)).size[0] == 10 + 2 * 50
+def test_a_hero_is_a_png_of_all_panels() -> None:
     image = np.full((1, 32, 32), 0.5)
     args = (image, {"r": ["word", "other words"], "unmapped": ["x"]}, {"r": image[0]}, np.eye(4, dtype=bool), image)
     opened = Image.open(io.BytesIO(hero(*args, side_px=100)))
