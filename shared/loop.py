@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from shared.checkpoint import latest_state, save_state
 from shared.errors import CorruptError, InterruptedRun, UsageError
+from shared.heap import keep_freed_memory
 from shared.rng import seed_key
 from shared.runlog import RunLog
 from shared.signals import Signals
@@ -137,6 +138,7 @@ def fit(
         NonFiniteError: Loss or gradient not finite; names the samples. The states before it stay.
         CorruptError: The states are broken, or of another module.
     """
+    keep_freed_memory()
     optimizer = _optimizer(module, plan, lr_scale)
     ema = {name: value.detach().clone() for name, value in module.state_dict().items()} if plan.ema else None
     tags = dict(where or {})

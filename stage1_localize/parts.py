@@ -10,6 +10,7 @@ from typing import Any
 
 from shared.config import digest
 from shared.errors import ConfigError, IncompatibleError
+from shared.heap import keep_freed_memory
 from stage1_localize.config import LocalizeConfig, PartConfig, describe_part, part_options
 from stage1_localize.contracts import Grounder, Region, Segmenter
 from stage1_localize.grounders import GROUNDERS
@@ -89,6 +90,7 @@ def parts_of_this_process(
         )
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
+        keep_freed_memory()
     return parts
 
 
