@@ -52,6 +52,7 @@ def data(begun: int):
 
 
 def run(folder: Path, plan: Plan = PLAN, on_step=None, extra=None, net=None, batches=data, **options):
+    torch.set_num_threads(1)  # bits depend on it, and other tests of this process set it
     net = net or module()
     extra = extra or Tally()
 

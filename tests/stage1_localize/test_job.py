@@ -91,7 +91,7 @@ def test_what_is_published_is_whole_and_floatless(whole: RegionStore) -> None:
 def test_the_report_shows_what_was_asked_and_found(whole: RegionStore) -> None:
     page = (whole.path / "report.html").read_text()
     assert page.count("<img") == 8 * 3
-    for said in ("spot", "hill", "disc", "cone, nothing", "000.png", "019.png", "20 images"):
+    for said in ("spot", "hill", "disc", ">cone<", ">nothing<", "000.png", "019.png", "20 images"):
         assert said in page
 
 

@@ -76,6 +76,7 @@ def test_what_is_published(whole: Artifact, corpus: Path) -> None:
         "run",
         "witnesses.json",
         "witnesses.safetensors",
+        "examples.safetensors",
     }
     identity = whole.card.identity
     assert (identity.kind, identity.inputs[0].role) == ("encoder", "regions")
