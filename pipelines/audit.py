@@ -6,16 +6,18 @@ witness of an encoder redrawn from its region store and card). ``all`` is everyt
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from shared.artifact import CARD, Card, Input, publish, read_card, verify
+from shared.artifact import CARD, Card, Finding, Input, publish, read_card, verify
+from shared.config import digest
 from shared.errors import CorruptError, IncompatibleError, InputMissingError, UsageError
 from shared.lease import Lease
-from shared.workspace import begin
+from shared.workspace import SPEC, begin
 
 Verdict = Literal["identical", "drift", "missing", "corrupt", "unrecomputable"]
 LEVELS = ("integrity", "masks", "all")
@@ -91,6 +93,7 @@ def audit(
     rows: list[Row] = []
     for folder in folders:
         rows.extend(_integrity(folder, _name(folder, path), cards))
+    rows.extend(_absent(path, cards))
     if level in ("masks", "all"):
         stores = {card.artifact_id: folder for folder, card in cards.items() if card.identity.kind == "region-store"}
         if regions is not None:
@@ -107,6 +110,8 @@ def audit(
 def _artifacts_below(path: Path) -> list[Path]:
     if not path.is_dir():
         raise InputMissingError(f"{path}: no such folder")
+    if (path / SPEC).is_file():
+        read_card(path)  # a run without its card is no folder of artifacts: say so
     if (path / CARD).is_file():
         return [path, *(card.parent for card in sorted(path.glob(f"*/{CARD}")))]
     found = [card.parent for card in sorted(path.rglob(CARD)) if "run" not in card.relative_to(path).parts[:-1]]
@@ -138,13 +143,47 @@ def _integrity(folder: Path, name: str, cards: dict[Path, Card]) -> list[Row]:
         return [Row(name, "unknown", "card", 1, "corrupt", error.message)]
     cards[folder] = card
     kind = card.identity.kind
-    findings = verify(folder, card)
+    findings = verify(folder, card) or list(_outputs(folder, card))
     rows = [_row(name, kind, "files", len(card.provenance.files) + 1, findings)]
     if kind == "region-store":
         from shared.region_verify import verify_store
 
         rows.append(_row(name, kind, "maps", int(card.identity.outputs["samples"]), verify_store(folder, card)))
     return rows
+
+
+def _outputs(folder: Path, card: Card) -> Iterator[Finding]:
+    """Outputs that the id covers, computed again: a file may be forged together with its digest on the card."""
+    kind, outputs = card.identity.kind, card.identity.outputs
+    if kind not in ("encoder", "model"):
+        return
+    from safetensors.numpy import load_file
+
+    from shared.merkle import tensor_digest
+
+    weights = f"{kind}/model.safetensors"
+    if tensor_digest(load_file(folder / weights)) != outputs["weights"]:
+        yield Finding(weights, "other weights than the artifact's id")
+    if kind == "encoder":
+        from stage2_pretrain.witness import FILE, read_witnesses
+
+        if tensor_digest(read_witnesses(folder)[0]) != outputs["witnesses"]:
+            yield Finding(FILE, "other witnesses than the artifact's id")
+    else:
+        from stage3_finetune.predictions import table_sha256
+
+        for key in ("predictions", "predictions_best_on_val"):
+            if key in outputs and table_sha256(folder / f"{key}.csv") != outputs[key]:
+                yield Finding(f"{key}.csv", "other predictions than the artifact's id")
+
+
+def _absent(path: Path, cards: dict[Path, Card]) -> Iterator[Row]:
+    """Runs below a folder that have lost their card, or never got one."""
+    for spec in sorted(path.rglob(SPEC)):
+        folder = spec.parents[1]
+        kept_aside = ".old-" in folder.name or json.loads(spec.read_bytes()).get("kind") == "audit-report"
+        if folder not in cards and not (folder / CARD).exists() and not kept_aside:
+            yield Row(_name(folder, path), "unknown", "card", 1, "missing", f"a run without {CARD}")
 
 
 def _row(name: str, kind: str, check: str, checked: int, findings: list[Any]) -> Row:
@@ -182,7 +221,8 @@ def _publish(result: AuditResult, out: Path, level: str, cards: Iterable[Card], 
         (Input(role="audited", kind=card.identity.kind, artifact_id=card.artifact_id) for card in cards),
         key=lambda item: (item.kind, item.artifact_id),
     )
-    spec = {"level": level, "version": 1}
+    # The verdicts are in the specification: another audit of the same artifacts is never "already done".
+    spec = {"level": level, "verdicts": digest(result.as_dict()), "version": 1}
     with Lease(out):
         status, _ = begin(out, kind="audit-report", inputs=inputs, spec=spec, resolved=f"level: {level}\n")
         if status == "done":

@@ -19,7 +19,8 @@ from pydantic import Field
 
 from shared.artifact import Artifact, Card, read_card, write_atomic
 from shared.config import Strict
-from shared.errors import DriftError, InputMissingError, MwmError
+from shared.errors import DriftError, InputMissingError, MwmError, SpecMismatchError
+from shared.lease import Lease
 from shared.runlog import duration
 from shared.workspace import set_aside
 from stage1_localize.config import LocalizeConfig
@@ -99,9 +100,18 @@ def run_chain(
     Raises:
         MwmError: Whatever a stage raises; DriftError or CorruptError if the closing audit fails.
     """
+    if config.corpus == "given" and images is None:
+        raise InputMissingError("--images: not given, and the recipe brings none of its own")
+    if config.corpus == "given" and config.finetune is not None and (labels is None or not labels.is_file()):
+        raise InputMissingError(f"--labels: {'not given' if labels is None else f'{labels}: no such file'}")
     if fresh and (aside := set_aside(out)):
         _say(f"the old run is kept at {aside.name}")
-    out.mkdir(parents=True, exist_ok=True)
+    with Lease(out):
+        (out / "run").mkdir(exist_ok=True)
+        return _run(config, out, images, labels, command)
+
+
+def _run(config: ChainConfig, out: Path, images: Path | None, labels: Path | None, command: str) -> Summary:
     summary = Summary(out)
     images, labels = _corpus(config, out, images, labels, summary)
 
@@ -114,8 +124,7 @@ def run_chain(
     if config.pretrain is not None:
         _pretrain(config.pretrain, images, out, summary, command)
     if config.finetune is not None:
-        if labels is None:
-            raise InputMissingError("--labels: not given, and the recipe finetunes")
+        assert labels is not None
         _finetune(config, config.finetune, images, labels, out, summary, command)
     _audit(out, summary, command)
     _step(summary, "report", lambda: _report(out, summary, config.corpus == "template"))
@@ -142,8 +151,7 @@ def _corpus(
         from pipelines.tour_corpus import write_tour_corpus
 
         return _step(summary, "corpus", lambda: write_tour_corpus(out))
-    if images is None:
-        raise InputMissingError("--images: not given, and the recipe brings none of its own")
+    assert images is not None
     return images, labels
 
 
@@ -176,15 +184,18 @@ def _finetune(
 
 
 def _audit(out: Path, summary: Summary, command: str) -> None:
-    from pipelines.audit import audit
+    from pipelines.audit import AuditResult, audit
 
-    result = _step(
-        summary,
-        "audit",
-        lambda: audit(
-            out, level="masks" if "encoder" in summary.cards else "integrity", out=out / "audit", command=command
-        ),
-    )
+    level = "masks" if "encoder" in summary.cards else "integrity"
+
+    def published() -> AuditResult:
+        try:
+            return audit(out, level=level, out=out / "audit", command=command)
+        except SpecMismatchError:  # the chain has grown, or its verdicts have changed
+            set_aside(out / "audit")
+            return audit(out, level=level, out=out / "audit", command=command)
+
+    result = _step(summary, "audit", published)
     if result.exit_code:
         bad = next(row for row in result.rows if row.verdict in ("corrupt", "missing", "drift"))
         raise _failed(result.exit_code, f"audit: {bad.artifact}: {bad.check}: {bad.verdict}; {bad.detail}")
@@ -203,7 +214,6 @@ def _report(out: Path, summary: Summary, template: bool) -> None:
     from pipelines.chain_report import chain_report
 
     write_atomic(out / "report.html", chain_report(out, summary, template=template).encode())
-    (out / "run").mkdir(exist_ok=True)
     line = json.dumps({"pid": os.getpid(), **summary.as_dict()["seconds"]})
     with (out / "run" / "seconds.jsonl").open("a", encoding="utf-8") as file:
         file.write(line + "\n")

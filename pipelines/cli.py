@@ -20,7 +20,7 @@ from typing import Annotated, Any, TextIO, get_args
 import typer
 from typer.core import TyperCommand
 
-from shared.errors import DiskFullError, InputMissingError, MwmError, UsageError
+from shared.errors import ConfigError, DiskFullError, InputMissingError, MwmError, UsageError
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -283,6 +283,8 @@ def _run(command: Callable[[], Any], verbose: bool, quiet: bool) -> int:
     except OSError as error:
         if error.errno == errno.ENOSPC:
             return _report(DiskFullError("the disk is full", hint="make room; the same command continues"), verbose)
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.EACCES, errno.EROFS):
+            return _report(UsageError(f"{error.filename}: {error.strerror}", hint="check the paths given"), verbose)
         return _bug(error, verbose)
     except Exception as error:
         # Typer's own usage errors have no public base class; this method is what they share.
@@ -331,6 +333,8 @@ def _config(model: Any, recipe: str, section: str | None, overrides: list[str] |
         if section not in data:
             raise InputMissingError(f"recipe {recipe}: has no section '{section}'")
         data = data[section] or {}
+        if not isinstance(data, dict):
+            raise ConfigError(f"recipe {recipe}: section '{section}': expected settings, found {data!r}")
     for override in overrides or ():
         apply_override(data, override)
     return validate(model, data)
@@ -342,7 +346,7 @@ def recipe_path(name: str) -> Path:
     Raises:
         InputMissingError: Neither; names the built-in recipes.
     """
-    for path in (Path(name), RECIPES / f"{name}.yaml"):
+    for path in (RECIPES / f"{name}.yaml", Path(name)):  # a file called "tour" does not hide the tour
         if path.is_file():
             return path
     known = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
@@ -380,11 +384,25 @@ def _print_json(value: Any) -> None:
 
 
 def _command() -> str:
-    """The command line with every path replaced by a placeholder, for provenance."""
-    words = ["mwm"]
-    for word in sys.argv[1:]:
-        words.append("<path>" if os.sep in word or Path(word).exists() else word)
+    """The command line for provenance, with everything that may be a path or a name replaced by a placeholder."""
+    words, arguments = ["mwm"], iter(sys.argv[1:])
+    for word in arguments:
+        option, equals, value = word.partition("=")
+        if option == "--set":
+            words += ["--set", value if equals else next(arguments, "")]
+        elif word.startswith("-"):
+            words.append(option)
+            if equals or option in ("--level", "--scheduler") or option.removeprefix("--") in _PATHS:
+                value = value if equals else next(arguments, "")
+                words.append(value if option == "--level" else f"<{option.removeprefix('--')}>")
+        elif len(words) == 1 or (RECIPES / f"{word}.yaml").is_file():
+            words.append(word)
+        else:
+            words.append("<path>")
     return " ".join(words)
+
+
+_PATHS = ("images", "regions", "labels", "encoder", "out", "sample")
 
 
 if __name__ == "__main__":

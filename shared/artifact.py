@@ -34,6 +34,7 @@ KIND_VERSIONS = {
 """Kind -> (major, minor) that this release writes. It reads the same major and no newer minor."""
 
 _CARD_BYTES_MAX = 64 << 20
+_PIN_MIN = 12
 NOT_FOR_DIAGNOSIS = "Research software. Not for diagnosis."
 
 
@@ -202,9 +203,11 @@ def open_artifact(reference: str | Path, kind: str) -> tuple[Path, Card]:
         IncompatibleError: Unpublished, another kind, or not the pinned digest.
         InputMissingError, LockedError, CorruptError: As `read_card`.
     """
-    text, _, pin = str(reference).partition("@sha256:")
+    text, pin_mark, pin = str(reference).partition("@sha256:")
     card = read_card(Path(text), kind)
-    if pin and not card.artifact_id.startswith(pin):
+    if pin_mark and len(pin) < _PIN_MIN:
+        raise UsageError(f"{reference}: a pin has at least {_PIN_MIN} hexadecimal digits, found {len(pin)}")
+    if not card.artifact_id.startswith(pin):
         raise IncompatibleError(f"{text}: artifact id sha256:{card.artifact_id[:16]}..., pinned sha256:{pin[:16]}...")
     return Path(text), card
 
@@ -231,7 +234,7 @@ def published_files(folder: Path) -> Iterator[str]:
         top = name.split("/", 1)[0]
         if top in ("run", CARD, "lease.json") or not (path.is_file() or path.is_symlink()):
             continue
-        if ".zarr/" in name and path.name != "zarr.json":
+        if top == "regions.zarr" and path.name != "zarr.json":
             continue
         yield name
 
@@ -280,10 +283,12 @@ def _check_version(folder: Path, body: dict[str, Any], kind: str | None) -> None
     identity = body.get("identity")
     found = identity.get("kind") if isinstance(identity, dict) else None
     version = str(identity.get("kind_version")) if isinstance(identity, dict) else ""
+    if not isinstance(found, str):
+        raise CorruptError(f"{folder / CARD}: has no identity", hint="restore the artifact from a copy")
     if found not in KIND_VERSIONS:
         raise IncompatibleError(f"{folder}: unknown artifact kind {found!r}")
     if kind is not None and found != kind:
-        raise IncompatibleError(f"{folder}: is a {found}, expected a {kind}")
+        raise IncompatibleError(f"{folder}: found kind '{found}', expected kind '{kind}'")
     major, minor = KIND_VERSIONS[found]
     try:
         its_major, its_minor = (int(part) for part in version.split("."))

@@ -216,7 +216,7 @@ def _slices(source: Source) -> Iterator[Source]:
         yield source
         return
     for index in range(count):
-        yield Source(f"{source.sample_id}#z{index:04d}", source.path, index, source.group)
+        yield Source(f"{source.sample_id}#z{index:04d}", source.path, index, source.group or source.sample_id)
 
 
 def _refuse_escape(path: Path, home: Path) -> None:

@@ -21,6 +21,8 @@ LOG = "run/run.log"
 
 _ROOT = Path(__file__).resolve().parent.parent.as_posix() + "/"
 _ABSOLUTE = re.compile(r"(?<![\w.~<>-])/(?:[^\s/'\":,]+/)+")
+_QUOTED = re.compile(r"""(?P<quote>['"])/[^'"\n]*/(?P<name>[^'"/\n]*)(?P=quote)""")
+"""Paths in quotes may hold spaces."""
 _UNSAVED_ERRORS = ("KeyboardInterrupt", "InterruptedRun")
 
 
@@ -185,8 +187,11 @@ def scrub(text: str) -> str:
 
     >>> scrub("cannot read /data/jane/scan 1.png: broken")
     'cannot read <path>/scan 1.png: broken'
+    >>> scrub("cannot read '/data/Jane Doe/MRN 1/x.png'")
+    "cannot read '<path>/x.png'"
     """
-    return _ABSOLUTE.sub("<path>/", text.replace(_ROOT, ""))
+    quoted = _QUOTED.sub(r"\g<quote><path>/\g<name>\g<quote>", text.replace(_ROOT, ""))
+    return _ABSOLUTE.sub("<path>/", quoted)
 
 
 def duration(seconds: float) -> str:

@@ -43,6 +43,9 @@ def begin(
         SpecMismatchError: The folder holds a run of another specification; names the keys that differ.
         UsageError: The folder holds something that is not a run.
     """
+    for parent in out.resolve().parents:
+        if (parent / CARD).exists():
+            raise UsageError(f"{out}: lies inside the published artifact {parent}", hint="name a folder outside of it")
     wanted: dict[str, Any] = {"kind": kind, "inputs": [item.model_dump() for item in inputs], "spec": dict(spec)}
     if (out / CARD).exists():
         card = read_card(out, kind)
@@ -75,9 +78,13 @@ def set_aside(out: Path) -> Path | None:
     """
     if not out.exists():
         return None
-    holder = lease_holder(out)
-    if holder is not None:
-        raise UsageError(f"{out}: process {holder} is writing here; --fresh would pull it away")
+    out = out.resolve()
+    for folder in (out, *(path.parent for path in out.glob(f"*/{LEASE}"))):
+        holder = lease_holder(folder)
+        if holder is not None:
+            raise UsageError(f"{folder}: process {holder} is writing here; --fresh would pull it away")
+    if any(out.iterdir()) and not (out / CARD).exists() and not (out / "run").is_dir():
+        raise UsageError(f"{out}: not a run of mwm; --fresh would move it away", hint="name another folder with --out")
     number = 1
     while (aside := out.with_name(f"{out.name}.old-{number}")).exists():
         number += 1

@@ -96,6 +96,8 @@ def resolve(config: PretrainConfig) -> PretrainConfig:
         update["impl"] = "reference"
     if config.device == "auto":
         update["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+    elif config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device: cuda, but this machine has no usable GPU", hint="device=auto takes what there is")
     if config.threads == "auto":
         update["threads"] = cores
     return config.model_copy(update=update)

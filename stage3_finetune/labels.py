@@ -141,7 +141,9 @@ def read_table(path: Path, known: Mapping[str, str | None]) -> tuple[list[Exampl
     examples, lines = [], defaultdict(list)
     for line, row in rows:
         sample_id = unicodedata.normalize("NFC", row[key])
-        group = row.get("group") or (known.get(sample_id) if grouped else None) or sample_id
+        # Stripped like the label: "patient1 " in test beside "patient1" in train would be a leak.
+        group = unicodedata.normalize("NFC", row.get("group") or "").strip()
+        group = group or (known.get(sample_id) if grouped else None) or sample_id
         examples.append(Example(sample_id, row["label"].strip(), group, row.get("split")))
         lines[sample_id].append(line)
     twice = [f"{name!a} in lines {', '.join(map(str, at))}" for name, at in lines.items() if len(at) > 1]

@@ -70,6 +70,22 @@ def write_predictions(path: Path, predictions: Predictions) -> None:
     write_atomic(path, text.getvalue().encode())
 
 
+def table_sha256(path: Path) -> str:
+    """`Predictions.sha256` of a table as it stands on disk.
+
+    Raises:
+        CorruptError: Not such a table.
+    """
+    try:
+        header, *rows = csv.reader(io.StringIO(path.read_text(encoding="utf-8")))
+        examples = [Example(row[0], row[3], row[1], row[2]) for row in rows]
+        probability = np.array([[float(cell) for cell in row[len(_FIXED) :]] for row in rows], np.float32)
+        classes = tuple(name.removeprefix("p ") for name in header[len(_FIXED) :])
+    except (ValueError, IndexError):
+        raise CorruptError(f"{path.name}: not a table of predictions") from None
+    return Predictions(tuple(examples), classes, probability.reshape(len(rows), len(classes))).sha256
+
+
 def read_predictions(path: Path, examples: Sequence[Example], classes: Sequence[str]) -> Predictions:
     """Read what `write_predictions` wrote for these rows and classes.
 

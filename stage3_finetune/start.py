@@ -10,6 +10,7 @@ from typing import Any
 from shared.artifact import Card, Input, file_sha256, open_artifact
 from shared.backbones import CONFIG, Backbone, build, load_encoder
 from shared.errors import ConfigError, CorruptError
+from shared.merkle import tensor_digest
 from stage3_finetune.config import FinetuneConfig
 from stage3_finetune.export import Preprocessing
 
@@ -66,6 +67,9 @@ def start_from(config: FinetuneConfig, encoder: str | None) -> Start:
     folder, card = open_artifact(encoder, "encoder")
     _check_files(folder, card)
     backbone = load_encoder(folder / _FOLDER)
+    weights = {name: value.numpy() for name, value in backbone.model.state_dict().items()}
+    if tensor_digest(weights) != card.identity.outputs["weights"]:
+        raise CorruptError(f"{folder}: other weights than the artifact's id", hint="restore it from a copy")
     stored = json.loads((folder / _FOLDER / CONFIG).read_bytes())["pretrained_cfg"]
     start = Start(
         backbone,

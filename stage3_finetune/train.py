@@ -15,6 +15,7 @@ from torch import Tensor
 from shared.artifact import Artifact, Input, publish
 from shared.config import dump_yaml, validate
 from shared.config import spec as config_spec
+from shared.errors import ConfigError
 from shared.images import Source, find_sources
 from shared.lease import Lease
 from shared.loop import VERSION as LOOP_VERSION
@@ -159,6 +160,8 @@ def _resolve(config: FinetuneConfig, start: Start, options: dict[str, Any]) -> F
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    elif device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device: cuda, but this machine has no usable GPU", hint="device=auto takes what there is")
     threads = config.threads if config.threads != "auto" else _cores()
     return config.model_copy(
         update={

@@ -1,5 +1,6 @@
 """The command line as a user meets it: what it prints where, its exit codes, and that nothing is lost."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -9,10 +10,14 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import rfc8785
+import yaml
+from safetensors.numpy import load_file, save_file
 
 from pipelines.cli import main
-from shared.artifact import read_card
+from shared.artifact import file_sha256, read_card
 from shared.lease import Lease
 from tests.pipelines.conftest import Chain, write_inputs
 
@@ -167,29 +172,143 @@ def test_a_corrupted_shard_stops_pretraining(chain: Chain, mwm, tmp_path: Path) 
     assert "error[corrupt]" in err
 
 
-def test_a_witness_forged_with_its_card_is_drift(chain: Chain, mwm) -> None:
-    """Whoever rewrites witness and card alike passes every digest; redrawing tells."""
-    import numpy as np
-    import rfc8785
-    from safetensors.numpy import load_file, save_file
+def forge(artifact: Path, *files: str) -> None:
+    """Rewrite a card so that changed files pass every digest that stands on it, but for the id."""
+    body = json.loads((artifact / "artifact.json").read_bytes())
+    for name in files:
+        body["provenance"]["files"][name] = file_sha256(artifact / name)
+    del body["card_sha256"]
+    body["card_sha256"] = hashlib.sha256(rfc8785.dumps(body)).hexdigest()
+    (artifact / "artifact.json").write_bytes(rfc8785.dumps(body))
 
-    from shared.artifact import file_sha256
 
+def test_weights_forged_with_their_card_are_found_and_refused(chain: Chain, mwm, tmp_path: Path) -> None:
+    encoder, name = chain.out / "encoder", "encoder/model.safetensors"
+    tensors = {key: value.copy() for key, value in load_file(encoder / name).items()}
+    tensors["conv1.weight"] += 1
+    save_file(tensors, encoder / name)
+    forge(encoder, name)
+    code, out, _ = mwm("audit", encoder)
+    assert code == 4
+    assert "other weights" in out
+    code, _, err = mwm(
+        "finetune", chain.recipe, "--images", chain.images, "--labels", chain.labels, "--encoder", encoder, "--out",
+        tmp_path / "m",
+    )  # fmt: skip
+    assert code == 4
+    assert "other weights" in err
+
+
+def test_predictions_forged_with_their_card_are_found(chain: Chain, mwm) -> None:
+    path = chain.out / "scratch" / "predictions.csv"
+    header, first, *rest = path.read_text().splitlines()
+    cells = first.split(",")
+    cells[-2:] = ["1", "0"]
+    path.write_text("\n".join([header, ",".join(cells), *rest]) + "\n")
+    forge(chain.out / "scratch", "predictions.csv")
+    code, out, _ = mwm("audit", chain.out)
+    assert code == 4
+    assert "other predictions" in out
+
+
+def test_a_witness_forged_with_its_card_is_found(chain: Chain, mwm) -> None:
+    """Whoever rewrites witness and card alike passes every file's digest; the id and redrawing tell."""
     encoder = chain.out / "encoder"
     tensors = load_file(encoder / "witnesses.safetensors")
     tensors["bits"] = tensors["bits"].copy()
     tensors["bits"].reshape(-1)[0] ^= np.uint8(1)
     save_file(tensors, encoder / "witnesses.safetensors")
-    body = json.loads((encoder / "artifact.json").read_bytes())
-    body["provenance"]["files"]["witnesses.safetensors"] = file_sha256(encoder / "witnesses.safetensors")
-    del body["card_sha256"]
-    import hashlib
-
-    body["card_sha256"] = hashlib.sha256(rfc8785.dumps(body)).hexdigest()
-    (encoder / "artifact.json").write_bytes(rfc8785.dumps(body))
+    forge(encoder, "witnesses.safetensors")
     code, out, _ = mwm("audit", encoder, "--level", "masks", "--regions", chain.out / "regions")
-    assert code in (3, 4)
-    assert "drift" in out or "corrupt" in out
+    assert code == 4
+    assert "other witnesses" in out
+    assert "drift" in out
+
+
+@pytest.mark.parametrize("raw", [None, b"{}", b"[1"])
+def test_a_card_that_is_gone_or_blank_does_not_make_an_audit_pass(chain: Chain, mwm, raw: bytes | None) -> None:
+    card = chain.out / "encoder" / "artifact.json"
+    if raw is None:
+        card.unlink()
+    else:
+        card.write_bytes(raw)
+    assert mwm("audit", chain.out)[0] == 4
+    (chain.out / "regions" / "artifact.json").unlink()
+    assert mwm("audit", chain.out / "regions")[0] == 5
+
+
+def test_a_published_audit_never_stands_for_a_later_one(chain: Chain, mwm, tmp_path: Path) -> None:
+    assert mwm("audit", chain.out, "--out", tmp_path / "a")[0] == 0
+    assert mwm("audit", chain.out, "--out", tmp_path / "a")[0] == 0
+    with (chain.out / "encoder" / "report.html").open("a") as file:
+        file.write("x")
+    code, _, err = mwm("audit", chain.out, "--out", tmp_path / "a")
+    assert code == 2
+    assert "other-run" in err
+
+
+def test_a_chain_can_grow(tmp_path: Path, mwm) -> None:
+    chain = write_inputs(tmp_path)
+    recipe = yaml.safe_load(chain.recipe.read_text())
+    later = {key: recipe.pop(key) for key in ("pretrain", "finetune")}
+    chain.recipe.write_text(yaml.safe_dump(recipe))
+    assert mwm(*chain.command())[0] == 0
+    chain.recipe.write_text(yaml.safe_dump({**recipe, "pretrain": later["pretrain"]}))
+    assert mwm(*chain.command())[0] == 0
+    assert read_card(chain.out / "audit").identity.outputs["exit_code"] == 0
+
+
+def test_fresh_moves_runs_only_and_never_a_live_one(chain: Chain, mwm) -> None:
+    code, _, err = mwm(*localize(chain, chain.images, "--fresh"))
+    assert code == 2
+    assert chain.images.is_dir()
+    with Lease(chain.out / "encoder"):
+        code, _, err = mwm(*chain.command("--fresh"))
+    assert code == 2
+    assert "is writing here" in err
+    with Lease(chain.out):
+        assert mwm(*chain.command())[0] == 7
+
+
+def test_paths_that_cannot_be_used_are_the_users_to_mend(finished: Chain, mwm, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    inside = finished.out / "encoder" / "more"
+    for command in (
+        localize(finished, tmp_path / "file"),
+        localize(finished, tmp_path / "file" / "below"),
+        localize(finished, inside),
+        ["run", finished.recipe, "--out", tmp_path / "x", "--images", finished.images],
+        ["inspect", finished.out / "regions", "--sample", "p00.png", "--images", finished.images, "--out",
+         tmp_path / "none" / "p.png"],
+        ["finetune", finished.recipe, "--images", finished.images, "--labels", finished.labels, "--out",
+         tmp_path / "g", "--set", "device=cuda"],
+    ):  # fmt: skip
+        code, _, err = mwm(*command)
+        assert (code, "error[bug]" in err) == (2, False), command
+    assert not inside.exists() or not any(inside.iterdir())
+
+
+def test_a_card_repeats_no_path_or_name_of_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipelines.cli import _command
+
+    words = [
+        "mwm",
+        "localize",
+        "tour",
+        "--images",
+        "john smith",
+        "--out=jane",
+        "--set",
+        f"regions.a=[{'b,' * 200}]",
+        "-q",
+    ]
+    monkeypatch.setattr(sys, "argv", words)
+    told = _command()
+    assert told.startswith("mwm localize tour --images <images> --out <out> --set regions.a=")
+    assert "john" not in told
+    assert "jane" not in told
+    monkeypatch.setattr(sys, "argv", ["mwm", "audit", "patient7", "--level", "masks"])
+    assert _command() == "mwm audit <path> --level masks"
 
 
 def test_an_unpublished_input_is_incompatible_and_a_live_one_locked(chain: Chain, mwm, tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ def test_what_cannot_be_opened_says_why(tmp_path: Path) -> None:
     folder = make(tmp_path / "a")
     with pytest.raises(InputMissingError):
         open_artifact(tmp_path / "none", "corpus")
-    with pytest.raises(IncompatibleError, match="is a corpus"):
+    with pytest.raises(IncompatibleError, match="found kind 'corpus'"):
         open_artifact(folder, "encoder")
     with pytest.raises(IncompatibleError, match="pinned"):
         open_artifact(f"{folder}@sha256:{'0' * 64}", "corpus")
