@@ -12,53 +12,16 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator
-from importlib import import_module
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, TextIO, get_args
+from typing import Annotated, Any, TextIO
 
 import typer
-from typer.core import TyperCommand
 
+from pipelines.settings_help import settings_help
 from shared.errors import ConfigError, DiskFullError, InputMissingError, MwmError, UsageError
 
 RECIPES = Path(__file__).parent / "recipes"
-
-
-def _settings_help(config: str) -> type[TyperCommand]:
-    """A command whose ``--help`` ends with its configuration keys, read from the config class itself."""
-
-    class WithSettings(TyperCommand):
-        def format_epilog(self, ctx: Any, formatter: Any) -> None:
-            module, _, name = config.partition(":")
-            rows = list(_describe(getattr(import_module(module), name)))
-            width = max(len(key) for key, _ in rows)
-            formatter.write("\nSettings for a recipe or --set:\n")
-            for key, text in rows:
-                formatter.write(f"  {key:<{width}}  {text}\n")
-
-    return WithSettings
-
-
-def _describe(model: Any, prefix: str = "", given: Any = None) -> Iterator[tuple[str, str]]:
-    """Key, description and default of every setting; ``given`` is an instance that stands as default."""
-    for name, field in model.model_fields.items():
-        default = getattr(given, name) if given is not None else field.get_default(call_default_factory=True)
-        nested = next((part for part in (field.annotation, *get_args(field.annotation)) if _is_config(part)), None)
-        if nested is not None:
-            yield from _describe(nested, f"{prefix}{name}.", default if _is_config(type(default)) else None)
-        else:
-            shown = "required" if field.is_required() and given is None else _short(default)
-            yield f"{prefix}{name}", f"{field.description or ''} [{shown}]"
-
-
-def _is_config(part: Any) -> bool:
-    return isinstance(part, type) and hasattr(part, "model_fields")
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 32 else text[:29] + "..."
 
 
 app = typer.Typer(
@@ -82,7 +45,7 @@ Verbose = Annotated[bool, typer.Option("-v", help="Show tracebacks.")]
 Quiet = Annotated[bool, typer.Option("-q", help="Talk less: warnings and errors only.")]
 
 
-@app.command(cls=_settings_help("stage1_localize.config:LocalizeConfig"))
+@app.command(cls=settings_help("stage1_localize.config:LocalizeConfig"))
 def localize(
     images: Images,
     out: Out,
@@ -110,7 +73,7 @@ def localize(
     _close(store.path, store.card, done, as_json, f"mwm pretrain --images ... --regions {out} --out ...")
 
 
-@app.command(cls=_settings_help("stage2_pretrain.config:PretrainConfig"))
+@app.command(cls=settings_help("stage2_pretrain.config:PretrainConfig"))
 def pretrain(
     images: Images,
     regions: Annotated[str, typer.Option(help="Region store, PATH or PATH@sha256:... to pin it.")],
@@ -139,7 +102,7 @@ def pretrain(
     _close(made.path, made.card, done, as_json, f"mwm finetune --images ... --labels ... --encoder {out} --out ...")
 
 
-@app.command(cls=_settings_help("stage3_finetune.config:FinetuneConfig"))
+@app.command(cls=settings_help("stage3_finetune.config:FinetuneConfig"))
 def finetune(
     images: Images,
     labels: Annotated[Path, typer.Option(help="CSV: sample_id, label, and optionally group and split.")],
