@@ -10,6 +10,7 @@ from PIL import Image
 
 from shared.artifact import publish
 from shared.backbones import build, export_encoder
+from shared.merkle import tensor_digest
 from stage3_finetune.config import FinetuneConfig
 
 CLASSES = ("dark", "grey", "light")
@@ -66,7 +67,8 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("published") / "encoder"
     backbone = build(BACKBONE, in_chans=1, seed=12345)
     export_encoder(backbone, folder / "encoder", size_px=32, mean=(0.4,), std=(0.3,))
-    publish(folder, kind="encoder", inputs=(), spec={"made": "by a test"}, outputs={})
+    weights = tensor_digest({name: value.numpy() for name, value in backbone.model.state_dict().items()})
+    publish(folder, kind="encoder", inputs=(), spec={"made": "by a test"}, outputs={"weights": weights})
     return folder
 
 

@@ -223,7 +223,7 @@ def test_bad_inputs_leave_no_folder(run, table, encoder, tmp_path) -> None:
 def test_another_kind_of_artifact_is_no_encoder(run, tmp_path) -> None:
     (tmp_path / "other").mkdir()
     publish(tmp_path / "other", kind="corpus", inputs=(), spec={}, outputs={})
-    with pytest.raises(IncompatibleError, match="is a corpus, expected a encoder") as caught:
+    with pytest.raises(IncompatibleError, match="found kind 'corpus', expected kind 'encoder'") as caught:
         run(tmp_path / "other")
     assert caught.value.exit_code == 5
 
