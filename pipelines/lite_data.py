@@ -97,7 +97,7 @@ def from_cache(cache: Path) -> Callable[[Case], Batch]:
     return batch_of
 
 
-def first_card(weights: Path, counts: Mapping[str, int]) -> Card:
+def first_card(weights: Path, counts: Mapping[str, int], seed: int) -> Card:
     """A card before routes and scores are chosen; ``counts`` says how many examples of each source were fitted."""
     routes = {"tumour": "component"} | dict.fromkeys(BLOOD.values(), "centre")
     return Card(
@@ -109,7 +109,7 @@ def first_card(weights: Path, counts: Mapping[str, int]) -> Card:
         data=DATA,
         fit={
             "examples": dict(counts),
-            "seed": SEED,
+            "seed": seed,
             "mix": dict(SETTINGS.mix),
             "steps": SETTINGS.steps,
             "text_sha256": MODEL_SHA256,
@@ -233,6 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with manifest.csv")
     parser.add_argument("--cache", type=Path, required=True, help="folder for embeddings, about 3 GB")
     parser.add_argument("--out", type=Path, required=True, help="folder of lite.safetensors and lite.json")
+    parser.add_argument("--seed", type=int, default=SEED, help="of the initial weights and of every draw")
     parser.add_argument("--evaluate", action="store_true", help="score the weights in --out instead of fitting")
     given = parser.parse_args(arguments)
     weights, card_path = given.out / "lite.safetensors", given.out / "lite.json"
@@ -252,13 +253,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             taught_foreign(),
             encode_text,
             SETTINGS,
-            seed=SEED,
+            seed=given.seed,
             report=lambda step, loss: print(f"step {step} loss {loss:.4f}", file=sys.stderr),
         )
         save_file(state, weights)
         val = as_cases(pictures(given.data, "val"))
         counts = Counter(example.source for example in fitted)
-        card = choose_routes(first_card(weights, counts), build_head(state), val, given.cache)
+        card = choose_routes(first_card(weights, counts, given.seed), build_head(state), val, given.cache)
     card_path.write_text(card.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
 
