@@ -289,7 +289,7 @@ def test_paths_that_cannot_be_used_are_the_users_to_mend(finished: Chain, mwm, t
 
 
 def test_a_card_repeats_no_path_or_name_of_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    from pipelines.cli import _command
+    from pipelines.options import command_told
 
     words = [
         "mwm",
@@ -303,12 +303,12 @@ def test_a_card_repeats_no_path_or_name_of_the_command(monkeypatch: pytest.Monke
         "-q",
     ]
     monkeypatch.setattr(sys, "argv", words)
-    told = _command()
+    told = command_told()
     assert told.startswith("mwm localize tour --images <images> --out <out> --set regions.a=")
     assert "john" not in told
     assert "jane" not in told
     monkeypatch.setattr(sys, "argv", ["mwm", "audit", "patient7", "--level", "masks"])
-    assert _command() == "mwm audit <path> --level masks"
+    assert command_told() == "mwm audit <path> --level masks"
 
 
 def test_an_unpublished_input_is_incompatible_and_a_live_one_locked(chain: Chain, mwm, tmp_path: Path) -> None:

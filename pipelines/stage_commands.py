@@ -1,0 +1,160 @@
+"""The commands that make artifacts: a thin skin over `localize`, `pretrain`, `finetune` and `run_chain`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pipelines.options import (
+    AsJson,
+    DryRun,
+    Fresh,
+    Images,
+    Out,
+    Quiet,
+    Recipe,
+    Set,
+    Verbose,
+    command_told,
+    print_json,
+    read_config,
+)
+from shared.errors import InputMissingError
+
+
+def localize(
+    images: Images,
+    out: Out,
+    recipe: Recipe = "default",
+    scheduler: Annotated[str | None, typer.Option(help="Dask scheduler address or file; default: local.")] = None,
+    set_: Set = None,
+    dry_run: DryRun = False,
+    fresh: Fresh = False,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
+    """Text prompts and images -> region store: a probability map per image and region."""
+    from stage1_localize.config import LocalizeConfig
+
+    config = read_config(LocalizeConfig, recipe, "localize", set_)
+    if dry_run:
+        from shared.images import find_sources
+
+        return _dry_run(config, images=f"{len(find_sources(images))} found")
+    from stage1_localize.job import localize as run
+
+    done = _published(out, fresh)
+    store = run(config, images=images, out=out, scheduler=scheduler, fresh=fresh, command=command_told())
+    _close(store.path, store.card, done, as_json, f"mwm pretrain --images ... --regions {out} --out ...")
+
+
+def pretrain(
+    images: Images,
+    regions: Annotated[str, typer.Option(help="Region store, PATH or PATH@sha256:... to pin it.")],
+    out: Out,
+    recipe: Recipe = "default",
+    set_: Set = None,
+    dry_run: DryRun = False,
+    fresh: Fresh = False,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
+    """Images + a frozen region store -> encoder."""
+    from stage2_pretrain.config import PretrainConfig
+
+    config = read_config(PretrainConfig, recipe, "pretrain", set_)
+    if dry_run:
+        from shared.regions import open_region_store
+
+        store = open_region_store(regions)
+        return _dry_run(config, regions=f"{len(store.sample_ids)} samples, {', '.join(store.regions)}")
+    from stage2_pretrain.train import pretrain as run
+
+    done = _published(out, fresh)
+    made = run(config, images=images, regions=regions, out=out, fresh=fresh, command=command_told())
+    _close(made.path, made.card, done, as_json, f"mwm finetune --images ... --labels ... --encoder {out} --out ...")
+
+
+def finetune(
+    images: Images,
+    labels: Annotated[Path, typer.Option(help="CSV: sample_id, label, and optionally group and split.")],
+    out: Out,
+    encoder: Annotated[str | None, typer.Option(help="Encoder, PATH or PATH@sha256:...; none: from scratch.")] = None,
+    recipe: Recipe = "default",
+    set_: Set = None,
+    dry_run: DryRun = False,
+    fresh: Fresh = False,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
+    """Encoder + labels -> model and its scores on a test part that is touched once."""
+    from stage3_finetune.config import FinetuneConfig
+
+    config = read_config(FinetuneConfig, recipe, "finetune", set_)
+    if dry_run:
+        if not labels.is_file():
+            raise InputMissingError(f"--labels {labels}: no such file")
+        return _dry_run(config, labels=str(labels))
+    from stage3_finetune.train import finetune as run
+
+    done = _published(out, fresh)
+    made = run(config, images=images, labels=labels, encoder=encoder, out=out, fresh=fresh, command=command_told())
+    _close(made.path, made.card, done, as_json, f"open {made.path / 'report.html'}")
+
+
+def run_(
+    recipe: Recipe,
+    out: Annotated[Path | None, typer.Option(help="Folder of the whole chain [runs/RECIPE].")] = None,
+    images: Annotated[Path | None, typer.Option(help="Images, where the recipe does not bring its own.")] = None,
+    labels: Annotated[Path | None, typer.Option(help="Labels, where the recipe does not bring its own.")] = None,
+    set_: Set = None,
+    dry_run: DryRun = False,
+    fresh: Fresh = False,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run a whole recipe: localize, pretrain, finetune, audit, report. 'mwm run tour' shows it all."""
+    from pipelines.chain import ChainConfig, run_chain
+
+    config = read_config(ChainConfig, recipe, None, set_)
+    if dry_run:
+        return _dry_run(config)
+    out = out or Path("runs") / Path(recipe).stem
+    summary = run_chain(config, out=out, images=images, labels=labels, fresh=fresh, command=command_told())
+    if as_json:
+        print_json(summary.as_dict())
+    else:
+        for line in summary.lines():
+            typer.echo(line)
+
+
+def _dry_run(config: Any, **facts: str) -> None:
+    from shared.config import digest, dump_yaml
+
+    typer.echo(dump_yaml(config), nl=False)
+    for name, text in facts.items():
+        typer.echo(f"{name}: {text}", err=True)
+    typer.echo(f"settings sha256:{digest(config)[:16]}; dry run, nothing written", err=True)
+
+
+def _published(out: Path, fresh: bool) -> bool:
+    return not fresh and (out / "artifact.json").is_file()
+
+
+def _close(path: Path, card: Any, done: bool, as_json: bool, following: str) -> None:
+    """The closing lines of a stage: what, where, digest, skipped, what next."""
+    outputs = card.identity.outputs
+    if as_json:
+        return print_json({"path": str(path), "artifact_id": card.artifact_id, "outputs": outputs})
+    counts = ", ".join(f"{key} {value}" for key, value in outputs.items() if isinstance(value, int))
+    typer.echo(f"{'already done' if done else 'made'}: {card.identity.kind} ({counts or 'complete'})")
+    typer.echo(f"where: {path}")
+    typer.echo(f"digest: sha256:{card.artifact_id}")
+    typer.echo(f"skipped: {outputs.get('quarantined', 0)} inputs quarantined")
+    typer.echo(f"next: {following}")

@@ -1,0 +1,70 @@
+"""The commands that look at artifacts and at the installation: a thin skin over `audit`, `inspect` and `doctor`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipelines.options import AsJson, Quiet, Verbose, command_told, print_json
+
+
+def audit(
+    path: Annotated[Path, typer.Argument(help="An artifact, or a folder that holds artifacts.")],
+    level: Annotated[str, typer.Option(help="integrity, masks, or all that this release can.")] = "integrity",
+    regions: Annotated[Path | None, typer.Option(help="The region store of an encoder, if not beside it.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Also publish the audit as an artifact in this folder.")] = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
+    """Check that artifacts are what was published, and redraw every witnessed mask."""
+    from pipelines.audit import audit as run
+
+    result = run(path, level=level, regions=regions, out=out, command=command_told())
+    if as_json:
+        print_json(result.as_dict())
+    else:
+        for line in result.lines():
+            typer.echo(line)
+    if result.exit_code:
+        raise typer.Exit(result.exit_code)
+
+
+def inspect(
+    path: Annotated[Path, typer.Argument(help="An artifact.")],
+    sample: Annotated[
+        str | None, typer.Option(help="A sample id of a region store: print what is known of it.")
+    ] = None,
+    images: Annotated[Path | None, typer.Option(help="The store's images, to draw the sample.")] = None,
+    out: Annotated[Path | None, typer.Option(help="PNG to draw the sample's region maps into.")] = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Show what an artifact is, or one sample of a region store with its maps."""
+    from pipelines.inspect import inspect_artifact, inspect_sample
+
+    facts = inspect_artifact(path) if sample is None else inspect_sample(path, sample, images, out)
+    if as_json:
+        print_json(facts)
+    else:
+        width = max(map(len, facts))
+        for key, value in facts.items():
+            typer.echo(f"{key:<{width}}  {value}")
+
+
+def doctor(as_json: AsJson = False, verbose: Verbose = False) -> None:
+    """Check this installation and machine: versions, weights, cores, memory, disk, recipes."""
+    from pipelines.doctor import examine
+
+    checks = examine()
+    if as_json:
+        print_json([check._asdict() for check in checks])
+    else:
+        for check in checks:
+            typer.echo(f"{'ok  ' if check.ok else 'BAD '} {check.name:<14} {check.found}")
+            if not check.ok:
+                typer.echo(f"     {check.remedy}")
+    if not all(check.ok for check in checks):
+        raise typer.Exit(1)
