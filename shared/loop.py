@@ -187,6 +187,35 @@ def fit(
     return fitted
 
 
+def rehearse(
+    module: nn.Module,
+    batches: Iterable[tuple[Any, Sequence[str]]],
+    step: Callable[[Any, int], dict[str, Tensor]],
+    plan: Plan,
+    count: int,
+) -> list[float]:
+    """Make some steps of `fit` to see what one takes; no state, no log, and the module is left changed.
+
+    Returns:
+        Seconds of each step, waiting for its data included.
+
+    Raises:
+        NonFiniteError: Loss or gradient not finite.
+    """
+    keep_freed_memory()
+    optimizer = _optimizer(module, plan, None)
+    seconds: list[float] = []
+    source = iter(batches)
+    with torch.random.fork_rng(devices=[]):
+        for index in range(count):
+            started = time.perf_counter()
+            batch, sample_ids = next(source)
+            torch.manual_seed((seed_key("torch", plan.seed) + index) % 2**63)
+            _advance(module, optimizer, step, batch, sample_ids, plan, index)
+            seconds.append(time.perf_counter() - started)
+    return seconds
+
+
 def learning_rate(plan: Plan, index: int) -> float:
     """Learning rate of a step: linear warm-up, then a cosine from `lr` to `lr_end`.
 

@@ -43,28 +43,57 @@ def begin(
         SpecMismatchError: The folder holds a run of another specification; names the keys that differ.
         UsageError: The folder holds something that is not a run.
     """
+    status, card = look(out, kind=kind, inputs=inputs, spec=spec)
+    if status == "done":
+        return status, card
+    (out / "run").mkdir(exist_ok=True)
+    write_atomic(out / "resolved.yaml", resolved.encode())
+    write_atomic(out / SPEC, rfc8785.dumps(_wanted(kind, inputs, spec)))
+    return status, None
+
+
+def look(
+    out: Path, *, kind: str, inputs: Sequence[Input], spec: Mapping[str, Any]
+) -> tuple[Literal["new", "continue", "done"], Card | None]:
+    """What `begin` would decide, without writing; arguments, result and errors are its own.
+
+    Raises:
+        UsageError: Also where the folder cannot be made or written in.
+    """
     for parent in out.resolve().parents:
         if (parent / CARD).exists():
             raise UsageError(f"{out}: lies inside the published artifact {parent}", hint="name a folder outside of it")
-    wanted: dict[str, Any] = {"kind": kind, "inputs": [item.model_dump() for item in inputs], "spec": dict(spec)}
+    wanted = _wanted(kind, inputs, spec)
     if (out / CARD).exists():
         card = read_card(out, kind)
         if card.spec_digest != spec_digest(inputs, spec):
             identity = card.identity.model_dump(mode="json")
             _refuse(out, {key: identity[key] for key in ("kind", "inputs", "spec")}, wanted)
         return "done", card
-    status: Literal["new", "continue"] = "new"
+    refuse_unwritable(out)
     if (out / SPEC).exists():
         found = json.loads((out / SPEC).read_bytes())
         if rfc8785.dumps(found) != rfc8785.dumps(wanted):
             _refuse(out, found, wanted)
-        status = "continue"
-    elif any(path.name not in (LEASE, "run") for path in out.iterdir()):
+        return "continue", None
+    if out.is_dir() and any(path.name not in (LEASE, "run") for path in out.iterdir()):
         raise UsageError(f"{out}: not empty, and not a run of mwm", hint="name another folder with --out")
-    (out / "run").mkdir(exist_ok=True)
-    write_atomic(out / "resolved.yaml", resolved.encode())
-    write_atomic(out / SPEC, rfc8785.dumps(wanted))
-    return status, None
+    return "new", None
+
+
+def refuse_unwritable(out: Path) -> None:
+    """Raise UsageError where ``out`` is a file, or a folder that this user can neither make nor write in."""
+    place = out
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise UsageError(f"{place}: a file, expected a folder", hint="name another folder with --out")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UsageError(f"{place}: this user may not write here", hint="name another folder with --out")
+
+
+def _wanted(kind: str, inputs: Sequence[Input], spec: Mapping[str, Any]) -> dict[str, Any]:
+    return {"kind": kind, "inputs": [item.model_dump() for item in inputs], "spec": dict(spec)}
 
 
 def set_aside(out: Path) -> Path | None:

@@ -68,7 +68,10 @@ class Steps:
 
     def begin(self, begun: int) -> Iterator[tuple[Step, tuple[str, ...]]]:
         """Endless steps after the first ``begun``, with their sample ids."""
-        plan = schedule(self.dataset.sample_ids, self.batch_size, self.seed, begun)
+        return self.follow(schedule(self.dataset.sample_ids, self.batch_size, self.seed, begun))
+
+    def follow(self, plan: Iterator[tuple[int, Sequence[int]]]) -> Iterator[tuple[Step, tuple[str, ...]]]:
+        """The steps of a plan of ``(epoch, indices)`` that does not end."""
         # One thread: the dataset holds the epoch's number, so items are asked for one batch at a time.
         with ThreadPoolExecutor(1) as pool:
             waiting: deque[Future[Step]] = deque(pool.submit(self.make, *next(plan)) for _ in range(_AHEAD))

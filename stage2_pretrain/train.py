@@ -70,7 +70,7 @@ def pretrain(
     if fresh:
         set_aside(out)
     with Lease(out):
-        run = _prepare(config, store, images, out)
+        run = prepare(config, store, images, out)
         inputs = [Input(role="regions", kind="region-store", artifact_id=store.card.artifact_id)]
         _, card = begin(out, kind="encoder", inputs=inputs, spec=run.spec, resolved=dump_yaml(config), fresh=fresh)
         if card is not None:
@@ -104,7 +104,9 @@ def resolve(config: PretrainConfig) -> PretrainConfig:
 
 
 @dataclass
-class _Run:
+class Run:
+    """The parts of a run, fitted to each other."""
+
     config: PretrainConfig
     dataset: RegionDataset
     method: Any
@@ -115,6 +117,7 @@ class _Run:
 
     @property
     def steps_per_epoch(self) -> int:
+        """Of the whole data set."""
         return steps_per_epoch(len(self.dataset), self.config.batch_size)
 
     def normalise(self, image: Tensor) -> Tensor:
@@ -122,8 +125,33 @@ class _Run:
         moved = image.to(self.config.device, memory_format=torch.channels_last)
         return (moved - self.config.mean) / self.config.std
 
+    def loss(self, batch: Step) -> tuple[dict[str, Tensor], Tensor]:
+        """Scalars of a step with ``loss``, and bool [B, gh, gw]: what of each image the encoder got to see."""
+        visible = torch.from_numpy(~batch.drawn.hidden).view(-1, *self.masks.grid).to(self.config.device)
+        outputs: dict[str, Tensor] = self.method.loss(self.normalise(batch.image), visible)
+        return outputs, visible
 
-def _prepare(config: PretrainConfig, store: RegionStore, images: Path, out: Path) -> _Run:
+    def plan(self) -> Plan:
+        """How to optimise."""
+        config = self.config
+        return Plan(
+            steps=self.masks.steps,
+            lr=config.lr,
+            warmup_steps=config.warmup_epochs * self.steps_per_epoch,
+            lr_end=config.min_lr,
+            weight_decay=config.weight_decay,
+            clip_norm=config.clip_norm,
+            seed=config.seed,
+            checkpoint_s=config.save_every_s,
+            checkpoint_steps=config.save_every_steps,
+        )
+
+    def ready(self) -> Any:
+        """The method, on its device and in training."""
+        return self.method.to(self.config.device, memory_format=torch.channels_last).train()
+
+
+def prepare(config: PretrainConfig, store: RegionStore, images: Path, out: Path) -> Run:
     """Build every part, and refuse what does not fit before anything is computed or written."""
     options = {name: value for name, value in config.backbone_options.items() if name != "output_stride"}
     stride = config.backbone_options.get("output_stride")
@@ -165,7 +193,7 @@ def _prepare(config: PretrainConfig, store: RegionStore, images: Path, out: Path
         "numeric": numeric,
     }
     steps = Steps(dataset, masks.sampler(store.regions, config.impl), batch_size=config.batch_size, seed=config.seed)
-    return _Run(config, dataset, method, masks, steps, spec, out)
+    return Run(config, dataset, method, masks, steps, spec, out)
 
 
 _SHARES = {
@@ -185,8 +213,8 @@ def _check_grid(grid: tuple[int, int], store: RegionStore, dataset: RegionDatase
             cell_edges(0, crop_px, size[axis], store.grid[axis], grid[axis])
 
 
-def _train(run: _Run, log: RunLog) -> tuple[Tally, Fitted]:
-    config, dataset, method = run.config, run.dataset, run.method
+def _train(run: Run, log: RunLog) -> tuple[Tally, Fitted]:
+    config, dataset, method = run.config, run.dataset, run.ready()
     grid = run.masks.grid
     log.info(
         f"{len(dataset)} samples of {config.size_px} px, {grid[0]}x{grid[1]} patches, "
@@ -201,14 +229,12 @@ def _train(run: _Run, log: RunLog) -> tuple[Tally, Fitted]:
         log.warn(f"{dataset.absent} samples of the region store have no maps and are left out")
     if dataset.extra:
         log.warn(f"{dataset.extra} images are not in the region store and are left out")
-    method.to(config.device, memory_format=torch.channels_last).train()
     tally = Tally(
         WitnessRecorder(dataset.sample_ids, patches=run.masks.patches, epochs=run.masks.epochs, seed=config.seed)
     )
 
     def step(batch: Step, index: int) -> dict[str, Tensor]:
-        visible = torch.from_numpy(~batch.drawn.hidden).view(-1, *grid).to(config.device)
-        outputs: dict[str, Tensor] = method.loss(run.normalise(batch.image), visible)
+        outputs, visible = run.loss(batch)
         tally.add(batch, visible)
         return outputs
 
@@ -216,22 +242,11 @@ def _train(run: _Run, log: RunLog) -> tuple[Tally, Fitted]:
         if done % run.steps_per_epoch == 0:
             log.metric(done, epoch=done // run.steps_per_epoch, **tally.close_epoch())
 
-    plan = Plan(
-        steps=run.masks.steps,
-        lr=config.lr,
-        warmup_steps=config.warmup_epochs * run.steps_per_epoch,
-        lr_end=config.min_lr,
-        weight_decay=config.weight_decay,
-        clip_norm=config.clip_norm,
-        seed=config.seed,
-        checkpoint_s=config.save_every_s,
-        checkpoint_steps=config.save_every_steps,
-    )
     fitted = fit(
         method,
         run.steps.begin,
         step,
-        plan,
+        run.plan(),
         state=run.out / "run" / "state",
         log=log,
         extra=tally,
@@ -240,7 +255,7 @@ def _train(run: _Run, log: RunLog) -> tuple[Tally, Fitted]:
     return tally, fitted
 
 
-def _finish(run: _Run, tally: Tally, fitted: Fitted, log: RunLog) -> tuple[dict[str, Any], dict[str, Any]]:
+def _finish(run: Run, tally: Tally, fitted: Fitted, log: RunLog) -> tuple[dict[str, Any], dict[str, Any]]:
     """Write everything but the card."""
     config, recorder = run.config, tally.recorder
     export_encoder(

@@ -40,7 +40,7 @@ VERSION = 1
 
 
 @dataclass(frozen=True)
-class _Run:
+class Run:
     """What the steps of one run share."""
 
     config: FinetuneConfig
@@ -53,6 +53,7 @@ class _Run:
     log: RunLog
 
     def part(self, split: str, augment: AugmentConfig | None = None) -> Part:
+        """One part of the table with its images."""
         return Part(
             self.labels.part(split),
             self.labels.classes,
@@ -66,6 +67,7 @@ class _Run:
         )
 
     def predict(self, part: Part) -> Predictions:
+        """Predictions of the model as it is."""
         model = self.task.model
         mode = model.training
         model.eval()
@@ -73,6 +75,34 @@ class _Run:
         rows = [self.task.predict(batch) for batch in part.batches(order, workers=self.config.workers)]
         model.train(mode)
         return Predictions(part.examples, self.labels.classes, np.concatenate(rows))
+
+    def ready(self) -> Any:
+        """The model in training, its frozen parameters marked."""
+        config, model = self.config, self.task.model
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(not config.freeze or name in self.task.head)
+        return model.train(not config.freeze)  # a frozen encoder keeps its batch statistics too
+
+    def plan(self, per_epoch: int) -> Plan:
+        """How to optimise, with so many steps an epoch."""
+        config = self.config
+        return Plan(
+            steps=config.epochs * per_epoch,
+            lr=config.lr,
+            warmup_steps=config.warmup_epochs * per_epoch,
+            lr_end=config.min_lr,
+            weight_decay=config.weight_decay,
+            betas=(0.9, 0.999),
+            clip_norm=config.clip_norm,
+            seed=config.seed,
+            checkpoint_s=config.save_every_s,
+            checkpoint_steps=config.save_every_steps,
+        )
+
+    def loss(self, batch: Batch, index: int) -> dict[str, Tensor]:
+        """Scalars of a step with ``loss``."""
+        outputs: dict[str, Tensor] = self.task.loss(batch)
+        return outputs
 
 
 def finetune(
@@ -109,6 +139,54 @@ def finetune(
         CorruptError: The encoder, an image or the saved state is not what it was.
         InterruptedRun: SIGTERM or SIGINT; the state is saved.
     """
+    ready = prepare(config, images=images, labels=labels, encoder=encoder)
+    config, table, start = ready.config, ready.labels, ready.start
+    if fresh:
+        set_aside(out)
+    with Lease(out):
+        _, card = begin(out, kind="model", inputs=start.inputs, spec=ready.spec, resolved=dump_yaml(config))
+        if card is not None:
+            return Artifact(out, card)
+        torch.set_num_threads(int(config.threads))
+        with RunLog(out) as log:
+            for line in (table.line(), start.line):
+                log.info(line)
+            if not table.grouped:
+                log.warn("no groups: each sample counts as its own; scores are too high if two show one patient")
+            if unlabelled := len(ready.sources) - len(table.examples):
+                log.info(f"{unlabelled} images have no row in the labels and are left out")
+            run = ready.run(out, log)
+            outputs, metrics = _finish(run, _train(run), start.inputs)
+        card = publish(
+            out, kind="model", inputs=start.inputs, spec=ready.spec, outputs=outputs, command=command, metrics=metrics
+        )
+    return Artifact(out, card)
+
+
+@dataclass(frozen=True)
+class Ready:
+    """Inputs that fit each other, before anything is computed or written."""
+
+    config: FinetuneConfig
+    options: Any
+    labels: Labels
+    sources: Mapping[str, Source]
+    sha256: Mapping[str, str]
+    start: Start
+    spec: Mapping[str, Any]
+
+    def run(self, out: Path, log: RunLog) -> Run:
+        """The run, with the task's head on the model."""
+        start, model = self.start, self.start.backbone.model.to(self.config.device)
+        task = TASKS.load(self.config.task)(
+            self.options, model, classes=self.labels.classes, mean=start.mean, std=start.std, seed=self.config.seed
+        )
+        model.to(self.config.device)
+        return Run(self.config, self.labels, self.sources, self.sha256, start, task, out, log)
+
+
+def prepare(config: FinetuneConfig, *, images: Path, labels: Path, encoder: str | None) -> Ready:
+    """Open the inputs and refuse what does not fit; arguments and errors as `finetune`."""
     task_class = TASKS.load(config.task)
     options = validate(task_class.Options, config.options)
     sources = {source.sample_id: source for source in find_sources(images)}
@@ -130,29 +208,7 @@ def finetune(
         "images": {"rows": len(table.examples), "sha256": images_sha256},
         "numeric": {"device": config.device, "dtype": "float32", "threads": config.threads},
     }
-    if fresh:
-        set_aside(out)
-    with Lease(out):
-        _, card = begin(out, kind="model", inputs=start.inputs, spec=spec, resolved=dump_yaml(config))
-        if card is not None:
-            return Artifact(out, card)
-        torch.set_num_threads(int(config.threads))
-        with RunLog(out) as log:
-            for line in (table.line(), start.line):
-                log.info(line)
-            if not table.grouped:
-                log.warn("no groups: each sample counts as its own; scores are too high if two show one patient")
-            if unlabelled := len(sources) - len(table.examples):
-                log.info(f"{unlabelled} images have no row in the labels and are left out")
-            model = start.backbone.model.to(config.device)
-            task = task_class(options, model, classes=table.classes, mean=start.mean, std=start.std, seed=config.seed)
-            model.to(config.device)
-            run = _Run(config, table, sources, sha256, start, task, out, log)
-            outputs, metrics = _finish(run, _train(run), start.inputs)
-        card = publish(
-            out, kind="model", inputs=start.inputs, spec=spec, outputs=outputs, command=command, metrics=metrics
-        )
-    return Artifact(out, card)
+    return Ready(config, options, table, sources, sha256, start, spec)
 
 
 def _resolve(config: FinetuneConfig, start: Start, options: dict[str, Any]) -> FinetuneConfig:
@@ -179,43 +235,24 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _train(run: _Run) -> BestOnVal | None:
+def _train(run: Run) -> BestOnVal | None:
     """Train to the last epoch, or continue; the test part is not even opened here."""
-    config, model = run.config, run.task.model
+    config, model = run.config, run.ready()
     part = run.part("train", config.augment)
     ids = [example.sample_id for example in part.examples]
     per_epoch = steps_per_epoch(len(ids), config.batch_size)
     best = BestOnVal(model, run.part("val"), run.predict, run.log, per_epoch) if run.labels.part("val") else None
-    plan = Plan(
-        steps=config.epochs * per_epoch,
-        lr=config.lr,
-        warmup_steps=config.warmup_epochs * per_epoch,
-        lr_end=config.min_lr,
-        weight_decay=config.weight_decay,
-        betas=(0.9, 0.999),
-        clip_norm=config.clip_norm,
-        seed=config.seed,
-        checkpoint_s=config.save_every_s,
-        checkpoint_steps=config.save_every_steps,
-    )
 
     def batches(begun: int) -> Iterator[tuple[Batch, tuple[str, ...]]]:
         order = schedule(ids, config.batch_size, config.seed, begun)
         for batch in part.batches(order, workers=config.workers):
             yield batch, batch.sample_ids
 
-    def step(batch: Batch, index: int) -> dict[str, Tensor]:
-        loss: dict[str, Tensor] = run.task.loss(batch)
-        return loss
-
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(not config.freeze or name in run.task.head)
-    model.train(not config.freeze)  # a frozen encoder keeps its batch statistics too
     fit(
         model,
         batches,
-        step,
-        plan,
+        run.loss,
+        run.plan(per_epoch),
         state=run.out / "run" / "state",
         log=run.log,
         extra=best,
@@ -224,7 +261,7 @@ def _train(run: _Run) -> BestOnVal | None:
     return best
 
 
-def _finish(run: _Run, best: BestOnVal | None, inputs: tuple[Input, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _finish(run: Run, best: BestOnVal | None, inputs: tuple[Input, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Predict, score and write everything but the card; the one place that opens the test part."""
     model = run.task.model
     weights = {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
@@ -273,7 +310,7 @@ def _finish(run: _Run, best: BestOnVal | None, inputs: tuple[Input, ...]) -> tup
     return outputs, metrics
 
 
-def _facts(run: _Run) -> dict[str, Any]:
+def _facts(run: Run) -> dict[str, Any]:
     parts = {split: run.labels.part(split) for split in ("train", "val", "test")}
     return {
         "start": run.start.line.split(":")[0],
@@ -283,7 +320,7 @@ def _facts(run: _Run) -> dict[str, Any]:
     }
 
 
-def _predict_once(run: _Run, path: Path, splits: tuple[str, ...]) -> Predictions:
+def _predict_once(run: Run, path: Path, splits: tuple[str, ...]) -> Predictions:
     """Predict parts with the model as it is, unless that was done before this run was interrupted."""
     if path.exists():
         run.log.info(f"{path.name}: made before, read back")
@@ -293,7 +330,7 @@ def _predict_once(run: _Run, path: Path, splits: tuple[str, ...]) -> Predictions
     return predictions
 
 
-def _score(run: _Run, predictions: Predictions) -> Scores:
+def _score(run: Run, predictions: Predictions) -> Scores:
     scores: Scores = run.task.metrics(
         predictions.probability,
         predictions.label,
