@@ -19,7 +19,7 @@ from pydantic import Field
 
 from shared.artifact import Artifact, Card, read_card, write_atomic
 from shared.config import Strict
-from shared.errors import DriftError, InputMissingError, MwmError, SpecMismatchError
+from shared.errors import DriftError, InputMissingError, MwmError, SpecMismatchError, UsageError
 from shared.lease import Lease
 from shared.runlog import duration
 from shared.workspace import set_aside
@@ -100,15 +100,29 @@ def run_chain(
     Raises:
         MwmError: Whatever a stage raises; DriftError or CorruptError if the closing audit fails.
     """
-    if config.corpus == "given" and images is None:
-        raise InputMissingError("--images: not given, and the recipe brings none of its own")
-    if config.corpus == "given" and config.finetune is not None and (labels is None or not labels.is_file()):
-        raise InputMissingError(f"--labels: {'not given' if labels is None else f'{labels}: no such file'}")
+    check_given(config, images, labels)
     if fresh and (aside := set_aside(out)):
         _say(f"the old run is kept at {aside.name}")
     with Lease(out):
         (out / "run").mkdir(exist_ok=True)
         return _run(config, out, images, labels, command)
+
+
+def check_given(config: ChainConfig, images: Path | None, labels: Path | None) -> None:
+    """Raise where a recipe lacks images or labels, or brings its own beside those that are given."""
+    if config.corpus == "template" and (images or labels):
+        given = "--images" if images else "--labels"
+        raise UsageError(f"{given}: this recipe brings its own images and labels", hint="'mwm init' writes a recipe")
+    if config.corpus == "given" and images is None:
+        raise InputMissingError(
+            "--images: not given, and the recipe brings none of its own",
+            hint="--images FOLDER; 'mwm run tour' has its own",
+        )
+    if config.corpus == "given" and config.finetune is not None and (labels is None or not labels.is_file()):
+        raise InputMissingError(
+            f"--labels{': not given, and the recipe finetunes' if labels is None else f' {labels}: no such file'}",
+            hint="a CSV with the columns sample_id and label; or leave the section 'finetune' out of the recipe",
+        )
 
 
 def _run(config: ChainConfig, out: Path, images: Path | None, labels: Path | None, command: str) -> Summary:
@@ -123,6 +137,8 @@ def _run(config: ChainConfig, out: Path, images: Path | None, labels: Path | Non
     summary.cards["regions"] = store.card
     if config.pretrain is not None:
         _pretrain(config.pretrain, images, out, summary, command)
+    if config.finetune is None and labels is not None:
+        _say("--labels is not used: the recipe has no section 'finetune'")
     if config.finetune is not None:
         assert labels is not None
         _finetune(config, config.finetune, images, labels, out, summary, command)

@@ -21,7 +21,6 @@ from pipelines.options import (
     print_json,
     read_config,
 )
-from shared.errors import InputMissingError
 
 
 def localize(
@@ -41,9 +40,11 @@ def localize(
 
     config = read_config(LocalizeConfig, recipe, "localize", set_)
     if dry_run:
-        from shared.images import find_sources
+        from pipelines.dry_run import tell
+        from stage1_localize.rehearse import rehearse
 
-        return _dry_run(config, images=f"{len(find_sources(images))} found")
+        tried = rehearse(config, images=images, out=out, scheduler=scheduler, fresh=fresh)
+        return tell(tried.config, {"localize": tried.forecast}, as_json)
     from stage1_localize.job import localize as run
 
     done = _published(out, fresh)
@@ -68,10 +69,13 @@ def pretrain(
 
     config = read_config(PretrainConfig, recipe, "pretrain", set_)
     if dry_run:
+        from pipelines.dry_run import tell
         from shared.regions import open_region_store
+        from stage2_pretrain.rehearse import rehearse
 
         store = open_region_store(regions)
-        return _dry_run(config, regions=f"{len(store.sample_ids)} samples, {', '.join(store.regions)}")
+        forecast, resolved = rehearse(config, images=images, store=store, out=out, fresh=fresh)
+        return tell(resolved, {"pretrain": forecast}, as_json)
     from stage2_pretrain.train import pretrain as run
 
     done = _published(out, fresh)
@@ -97,9 +101,11 @@ def finetune(
 
     config = read_config(FinetuneConfig, recipe, "finetune", set_)
     if dry_run:
-        if not labels.is_file():
-            raise InputMissingError(f"--labels {labels}: no such file")
-        return _dry_run(config, labels=str(labels))
+        from pipelines.dry_run import tell
+        from stage3_finetune.rehearse import rehearse
+
+        forecast, resolved = rehearse(config, images=images, labels=labels, encoder=encoder, out=out, fresh=fresh)
+        return tell(resolved, {"finetune": forecast}, as_json)
     from stage3_finetune.train import finetune as run
 
     done = _published(out, fresh)
@@ -123,24 +129,17 @@ def run_(
     from pipelines.chain import ChainConfig, run_chain
 
     config = read_config(ChainConfig, recipe, None, set_)
-    if dry_run:
-        return _dry_run(config)
     out = out or Path("runs") / Path(recipe).stem
+    if dry_run:
+        from pipelines.dry_run import rehearse_chain, tell
+
+        return tell(config, rehearse_chain(config, out=out, images=images, labels=labels, fresh=fresh), as_json)
     summary = run_chain(config, out=out, images=images, labels=labels, fresh=fresh, command=command_told())
     if as_json:
         print_json(summary.as_dict())
     else:
         for line in summary.lines():
             typer.echo(line)
-
-
-def _dry_run(config: Any, **facts: str) -> None:
-    from shared.config import digest, dump_yaml
-
-    typer.echo(dump_yaml(config), nl=False)
-    for name, text in facts.items():
-        typer.echo(f"{name}: {text}", err=True)
-    typer.echo(f"settings sha256:{digest(config)[:16]}; dry run, nothing written", err=True)
 
 
 def _published(out: Path, fresh: bool) -> bool:

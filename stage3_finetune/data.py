@@ -94,6 +94,11 @@ class Part:
     def __len__(self) -> int:
         return len(self.examples)
 
+    @property
+    def bytes_an_image(self) -> float:
+        """Mean size of the working copies that are kept so far; 0 before any."""
+        return sum(pixels.nbytes for pixels in self._cache.values()) / max(1, len(self._cache))
+
     def item(self, index: int, epoch: int) -> Float32[torch.Tensor, "C S S"]:
         """One image, augmented for this epoch if the part is.
 

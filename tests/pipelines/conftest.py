@@ -95,3 +95,20 @@ def chain(finished: Chain, tmp_path: Path) -> Chain:
     """A copy of a finished chain."""
     shutil.copytree(finished.root, tmp_path / "chain")
     return Chain(tmp_path / "chain")
+
+
+@pytest.fixture
+def mwm(capsys: pytest.CaptureFixture[str]):
+    """Run a command in this process: exit code, stdout, stderr."""
+
+    from pipelines.cli import main
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        assert "Traceback" not in err
+        return int(stopped.value.code or 0), out, err
+
+    return run

@@ -16,27 +16,11 @@ import rfc8785
 import yaml
 from safetensors.numpy import load_file, save_file
 
-from pipelines.cli import main
 from shared.artifact import file_sha256, read_card
 from shared.lease import Lease
 from tests.pipelines.conftest import Chain, write_inputs
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture
-def mwm(capsys: pytest.CaptureFixture[str]):
-    """Run a command in this process: exit code, stdout, stderr."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            main([str(argument) for argument in arguments])
-        out, err = capsys.readouterr()
-        assert "Traceback" not in err
-        return int(stopped.value.code or 0), out, err
-
-    return run
 
 
 def localize(chain: Chain, out: Path, *more: str) -> list[str]:
@@ -71,22 +55,6 @@ def test_data_goes_to_stdout_and_talk_to_stderr(chain: Chain, mwm, tmp_path: Pat
     code, out, _ = mwm(*localize(chain, tmp_path / "r"))
     assert code == 0
     assert out.startswith("already done")
-
-
-def test_a_dry_run_writes_nothing(chain: Chain, mwm, tmp_path: Path) -> None:
-    for command in (
-        localize(chain, tmp_path / "x", "--dry-run"),
-        ["pretrain", chain.recipe, "--images", chain.images, "--regions", chain.out / "regions", "--out",
-         tmp_path / "x", "--dry-run"],
-        ["finetune", chain.recipe, "--images", chain.images, "--labels", chain.labels, "--out", tmp_path / "x",
-         "--dry-run"],
-        ["run", "tour", "--out", tmp_path / "x", "--dry-run"],
-    ):  # fmt: skip
-        code, out, err = mwm(*command)
-        assert code == 0
-        assert "seed: 0" in out or "grid_px: 64" in out
-        assert "nothing written" in err
-    assert not (tmp_path / "x").exists()
 
 
 @pytest.mark.parametrize(
