@@ -68,3 +68,33 @@ def doctor(as_json: AsJson = False, verbose: Verbose = False) -> None:
                 typer.echo(f"     {check.remedy}")
     if not all(check.ok for check in checks):
         raise typer.Exit(1)
+
+
+def list_(
+    what: Annotated[
+        str | None,
+        typer.Argument(help="A kind of part, e.g. policies (default: all kinds), or a folder."),
+    ] = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """List what this installation can do; with a folder, the artifacts in it and what became of them."""
+    from pipelines.listing import KINDS, artifact_lines, as_dicts, list_artifacts, list_parts, part_lines
+
+    if what is not None and what not in KINDS:
+        found = list_artifacts(Path(what))
+        if as_json:
+            return print_json(as_dicts(found))
+        for line in artifact_lines(found):
+            typer.echo(line)
+        return None
+    kinds = KINDS if what is None else (what,)
+    parts = {kind: list_parts(kind) for kind in kinds}
+    if as_json:
+        return print_json({kind: as_dicts(items) for kind, items in parts.items()})
+    for kind, items in parts.items():
+        if what is None:
+            typer.echo(f"{kind}:")
+        for line in part_lines(items, "  " if what is None else ""):
+            typer.echo(line)
+    return None

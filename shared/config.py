@@ -70,7 +70,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ConfigError: Not YAML, or not a mapping.
     """
     if not path.is_file():
-        raise InputMissingError(f"recipe {path}: no such file", hint="'mwm doctor' lists the built-in recipes")
+        raise InputMissingError(f"recipe {path}: no such file", hint="'mwm list recipes' shows the built-in ones")
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Mapping
 from importlib import import_module
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoints, entry_points
 from typing import Any
 
 from shared.errors import ConfigError
@@ -36,6 +36,12 @@ class Registry(Mapping[str, str]):
     def __len__(self) -> int:
         return len(self._entries())
 
+    def package(self, name: str) -> str | None:
+        """The distribution whose entry point adds ``name``; None for a part of the table itself."""
+        if name in self._table:
+            return None
+        return next((point.dist.name for point in self._points() if point.name == name and point.dist), None)
+
     def load(self, name: str) -> Any:
         """Import and return the part called ``name``.
 
@@ -51,6 +57,8 @@ class Registry(Mapping[str, str]):
         return getattr(import_module(module), attribute)
 
     def _entries(self) -> dict[str, str]:
+        return {**{point.name: point.value for point in self._points()}, **self._table}
+
+    def _points(self) -> EntryPoints:
         plural = f"{self.what[:-1]}ies" if self.what.endswith("y") else f"{self.what}s"
-        found = {point.name: point.value for point in entry_points(group=f"mwm.{plural}")}
-        return {**found, **self._table}
+        return entry_points(group=f"mwm.{plural}")

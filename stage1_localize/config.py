@@ -21,7 +21,7 @@ def _one_or_many(value: Any) -> Any:
 class PartConfig(Strict):
     """A replaceable part by name, with its own options; a bare name means its defaults."""
 
-    name: str = Field(description="Name in the registry; 'mwm doctor' lists them.")
+    name: str = Field(description="Name in the registry; 'mwm list' shows them.")
     options: dict[str, Any] = Field(default_factory=dict, description="Options of that part; unknown keys are errors.")
 
     @model_validator(mode="before")
