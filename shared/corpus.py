@@ -41,9 +41,9 @@ def list_corpus(sources: Sequence[Source]) -> list[CorpusRow]:
     Raises:
         InputMissingError: A file vanished since it was listed.
     """
-    paths = sorted({source.path for source in sources})
+    names = {source.path: source.sample_id for source in reversed(sources)}
     with ThreadPoolExecutor(_HASHING_THREADS) as pool:
-        digests = dict(zip(paths, pool.map(_sha256_of, paths), strict=True))
+        digests = dict(zip(names, pool.map(_sha256_of, names.items()), strict=True))
     rows = (CorpusRow(s.sample_id, digests[s.path], s.slice_index, s.group) for s in sources)
     return sorted(rows, key=lambda row: row.sample_id)
 
@@ -117,9 +117,10 @@ def _outputs(lines: bytes) -> dict[str, Any]:
     return {"count": lines.count(b"\n"), "samples_sha256": hashlib.sha256(lines).hexdigest()}
 
 
-def _sha256_of(path: Path) -> str:
+def _sha256_of(named: tuple[Path, str]) -> str:
+    path, sample_id = named
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except FileNotFoundError:
-        raise InputMissingError(f"image {path}: vanished while the corpus was listed") from None
+        raise InputMissingError(f"image {sample_id}: vanished while the corpus was listed") from None

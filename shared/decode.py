@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import io
+import logging
+import math
 import warnings
 import zlib
 from collections.abc import Callable
@@ -22,9 +24,9 @@ VERSION = 1
 PIXELS_MAX = 64_000_000
 """Largest image, in pixels, that is decoded; larger ones are quarantined as ``too_large``."""
 _VOXELS_MAX = 1 << 29
-_FILE_BYTES_MAX = 2 << 30
-_RATIO_MAX = 250
-_RATIO_FREE_BYTES = 64 << 20
+FILE_BYTES_MAX = 2 << 30
+RATIO_MAX = 250
+RATIO_FREE_BYTES = 64 << 20
 _HEADER_BYTES = 544
 _GZIP = b"\x1f\x8b"
 _PERCENTILES = (0.5, 99.5)
@@ -44,7 +46,7 @@ class Decoded:
 
 def decode_raster(path: Path, name: str) -> Decoded:
     """Decode a PNG, JPEG or TIFF file; ``name`` stands for it in messages."""
-    data = _read(path, name)
+    data = read_bytes(path, name)
     pixels, intensity = _guarded(name, lambda: _raster(data, name))
     return Decoded(pixels, None, hashlib.sha256(data).hexdigest(), intensity)
 
@@ -71,17 +73,19 @@ def count_slices(path: Path) -> int | None:
         with path.open("rb") as file:
             head = _head(file.read(8 * _HEADER_BYTES))
         header = _header(head)
+        shape = _shape(header)
         upward = nibabel.io_orientation(header.get_best_affine())[:, 0].tolist().index(2)
-        return _shape(header)[upward]
+        return shape[upward] if math.prod(shape) <= _VOXELS_MAX else None
     except Exception:
         # Whatever a broken header makes of the parser: reading the volume will say it again, with a reason.
         return None
 
 
-def _read(path: Path, name: str) -> bytes:
+def read_bytes(path: Path, name: str) -> bytes:
+    """The bytes of a file that may be read whole."""
     try:
-        if path.stat().st_size > _FILE_BYTES_MAX:
-            raise DecodeError(f"{name}: {path.stat().st_size} bytes, at most {_FILE_BYTES_MAX}", reason="too_large")
+        if path.stat().st_size > FILE_BYTES_MAX:
+            raise DecodeError(f"{name}: {path.stat().st_size} bytes, at most {FILE_BYTES_MAX}", reason="too_large")
         return path.read_bytes()
     except OSError as error:
         if isinstance(error, DecodeError):
@@ -100,6 +104,11 @@ def _guarded(name: str, decode: Callable[[], T]) -> T:
         # Decoders put paths, addresses and header text into their messages; only short plain ones pass.
         detail = f": {text}" if text and len(text) < 100 and not set("/\\<@'\"") & set(text) else ""
         raise DecodeError(f"{name}: {type(error).__name__}{detail}") from None
+
+
+def _silence(library: str) -> None:
+    """Keep a library from logging what it finds in a file: text in headers may name a patient."""
+    logging.getLogger(library).setLevel(logging.CRITICAL + 1)
 
 
 def _raster(data: bytes, name: str) -> tuple[np.ndarray, str]:
@@ -156,6 +165,8 @@ def _by_mode(image: Any, name: str) -> tuple[np.ndarray, str]:
 def _deep_tiff(data: bytes, name: str) -> np.ndarray | None:
     """Pixels [C, H, W] of a TIFF of more than 8 bits; None where Pillow reads the file without loss."""
     import tifffile
+
+    _silence("tifffile")
 
     with tifffile.TiffFile(io.BytesIO(data)) as tiff:
         if len(tiff.pages) != 1:
@@ -234,16 +245,16 @@ def _volume(path: Path, name: str, stamp: tuple[int, int]) -> _Volume:
     """The volume [x, y, z] in RAS+ and [0, 1]; the last one is kept, since its slices come one by one."""
     import nibabel
 
-    data = _read(path, name)
+    data = read_bytes(path, name)
     digest = hashlib.sha256(data).hexdigest()
     header = _header(_head(data))
     shape = _shape(header)
-    if shape[0] * shape[1] * shape[2] > _VOXELS_MAX or sorted(shape)[1] * sorted(shape)[2] > PIXELS_MAX:
+    if math.prod(shape) > _VOXELS_MAX or sorted(shape)[1] * sorted(shape)[2] > PIXELS_MAX:
         raise DecodeError(f"{name}: {' x '.join(map(str, shape))} voxels, at most {_VOXELS_MAX}", reason="too_large")
-    size = int(header.get_data_offset()) + shape[0] * shape[1] * shape[2] * int(header.get_data_dtype().itemsize)
+    size = int(header.get_data_offset()) + math.prod(shape) * int(header.get_data_dtype().itemsize)
     if data[:2] == _GZIP:
-        if size > _RATIO_FREE_BYTES and size > _RATIO_MAX * len(data):
-            raise DecodeError(f"{name}: unpacks more than {_RATIO_MAX} fold", reason="too_large")
+        if size > RATIO_FREE_BYTES and size > RATIO_MAX * len(data):
+            raise DecodeError(f"{name}: unpacks more than {RATIO_MAX} fold", reason="too_large")
         data = _unpack(data, size)
     if len(data) < size:
         raise DecodeError(f"{name}: truncated, {len(data)} of {size} bytes")
@@ -268,6 +279,8 @@ def _head(data: bytes) -> bytes:
 def _header(head: bytes) -> Any:
     """The NIfTI-1 or NIfTI-2 header in the first bytes of an unpacked file."""
     import nibabel
+
+    _silence("nibabel.global")
 
     kind = nibabel.Nifti2Header if 540 in (int.from_bytes(head[:4], order) for order in ("little", "big")) else None
     return (kind or nibabel.Nifti1Header).from_fileobj(io.BytesIO(head))

@@ -1,8 +1,9 @@
-"""Find images and read one of them: PNG, JPEG, TIFF, NIfTI slices -> float32 [C, H, W] in [0, 1].
+"""Find images and read one of them: PNG, JPEG, TIFF, DICOM frames, NIfTI slices -> float32 [C, H, W] in [0, 1].
 
-Ids come from the user's list, else from relative paths; they are checked here once and never become paths.
-What cannot be read raises `DecodeError` with a stable reason; its message holds neither absolute paths nor
-anything from the file.
+Ids come from the user's list, else from relative paths; they are checked here once and never become paths. DICOM
+is named after patients often enough, in files, folders and lists, that its ids are always pseudonyms of those
+(`shared.pseudonyms`); so are patients, who become groups. What cannot be read raises `DecodeError` with a stable
+reason; its message holds neither absolute paths nor anything from the file.
 
 How each stored form becomes numbers (recorded in `Image.intensity`):
 
@@ -12,6 +13,7 @@ How each stored form becomes numbers (recorded in `Image.intensity`):
 with alpha (LA, RGBA, palettes)    composited over black, then as without alpha
 16 bit, 32 bit, float, any NIfTI   0.5 to 99.5 percentile of the sample (NIfTI: of the volume) to [0, 1],
                                    clipped; where the two coincide, minimum to maximum
+DICOM                              modality, then VOI lookup table or window, see `shared.dicom`
 constant                           kept and flagged ``degenerate``: 8 bit at its value, else zeros
 =================================  ========================================================================
 
@@ -26,17 +28,22 @@ import json
 import os
 import unicodedata
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 from jaxtyping import Float32
 
+from shared import dicom
 from shared.decode import count_slices, decode_raster, decode_slice
 from shared.errors import InputMissingError, UsageError
+from shared.pseudonyms import pseudonym
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".nii", ".nii.gz")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".nii", ".nii.gz", *dicom.SUFFIXES)
 ID_BYTES_MAX = 128
+_VOLUMES = (".nii", ".nii.gz")
+_DICOM = ("", *dicom.SUFFIXES)
+"""A file that is read although its name says nothing has the mark of DICOM."""
 
 
 @dataclass(frozen=True)
@@ -44,16 +51,21 @@ class Source:
     """Where one sample comes from.
 
     Attributes:
-        sample_id: The user's id, else the path relative to the corpus; NIfTI slices end in ``#z0042``.
-        path: The file.
-        slice_index: Axial slice of a NIfTI volume after RAS+ canonicalisation, counted from below; else None.
-        group: What must stay on one side of a split (a patient), if the list says so.
+        sample_id: The user's id, else the path relative to the corpus; of DICOM the pseudonym of that. NIfTI slices
+            end in ``#z0042``, DICOM frames of several in ``#f0003``.
+        path: The file. Like ``known_as`` it may name a patient, so neither is shown where a source is printed.
+        slice_index: Axial slice of a NIfTI volume after RAS+ canonicalisation, counted from below; frame of a
+            DICOM file that has several, counted from 0; else None.
+        group: What must stay on one side of a split: the list's group, else the pseudonym of the patient that the
+            list names, else of DICOM's patient (or study).
+        known_as: What the user calls it where that is not the sample id: for joining tables, never published.
     """
 
     sample_id: str
-    path: Path
+    path: Path = field(repr=False)
     slice_index: int | None = None
     group: str | None = None
+    known_as: str | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -81,8 +93,10 @@ class Image:
 def find_sources(root: Path) -> list[Source]:
     """List the samples of a folder (recursively) or of a CSV or JSONL list, sorted by sample id.
 
-    A list has a column ``image`` (relative to the list's folder) and optionally ``sample_id`` and ``group``.
-    In a folder, names that begin with a dot and other file types are passed over.
+    A list has a column ``image`` (relative to the list's folder) and optionally ``sample_id``, ``group`` and
+    ``patient``. Groups are published as they stand; a patient becomes the group by a pseudonym, where there is no
+    group. In a folder, names that begin with a dot, DICOMDIR and other file types are passed over; DICOM is also
+    found without a suffix, by its mark.
 
     Args:
         root: The folder, or the list.
@@ -119,8 +133,11 @@ def read_image(source: Source) -> Image:
     Raises:
         DecodeError: Reason ``decode_failed``, ``too_large``, ``nonfinite``, ``unsupported`` or ``missing``.
     """
-    if _suffix(source.path.name) in (".nii", ".nii.gz"):
+    suffix = _suffix(source.path.name)
+    if suffix in _VOLUMES:
         decoded = decode_slice(source.path, source.sample_id, source.slice_index)
+    elif suffix in _DICOM:
+        decoded = dicom.decode_frame(source.path, source.sample_id, source.slice_index)
     else:
         decoded = decode_raster(source.path, source.sample_id)
     pixels = np.ascontiguousarray(decoded.pixels, dtype="<f4")
@@ -152,33 +169,56 @@ def _walk(root: Path) -> Iterator[Source]:
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         links = [name for name in folders if Path(folder, name).is_symlink()]
         for name in [*links, *sorted(names)]:
-            if name.startswith(".") or (name in names and not _suffix(name)):
-                continue
             path = Path(folder, name)
+            if name.startswith(".") or (name in names and not _suffix(name) and not _unnamed_dicom(path)):
+                continue
             if path.is_symlink():
                 _refuse_escape(path, home)
             if name in names:
-                yield Source(unicodedata.normalize("NFC", path.relative_to(root).as_posix()), path)
+                yield _source(path, path.relative_to(root).as_posix())
+
+
+def _unnamed_dicom(path: Path) -> bool:
+    return path.name.upper() != "DICOMDIR" and dicom.is_dicom(path)
+
+
+def _source(path: Path, name: str, group: str | None = None) -> Source:
+    """A file, known by its name or the user's id."""
+    name = unicodedata.normalize("NFC", name)
+    if _suffix(path.name) in _DICOM:
+        return Source(pseudonym("dicom", name), path, None, group, name)
+    return Source(name, path, None, group)
 
 
 def _listed(table: Path) -> Iterator[Source]:
     home = table.parent.resolve()
+    ids: dict[str, int] = {}
+    patients: dict[str, tuple[str, int]] = {}
     for number, row in _rows(table):
         image = row.get("image")
         where = f"{table}, row {number}"
         if not isinstance(image, str) or not image:
             raise UsageError(f"{where}: no value in column 'image'")
+        suffix = _suffix(image)
+        shown = "image" if suffix in _DICOM else f"image {image!a}"  # DICOM may be named after a patient
         path = table.parent / image
         if PurePosixPath(image).is_absolute() or "\0" in image or ".." in PurePosixPath(image).parts:
-            raise UsageError(f"{where}: image {image!a} is not a path inside the list's folder")
-        if not _suffix(path.name):
-            raise UsageError(f"{where}: image {image!a} is none of {', '.join(s[1:] for s in SUFFIXES)}")
+            raise UsageError(f"{where}: {shown} is not a path inside the list's folder")
+        if not suffix and path.is_file() and not dicom.is_dicom(path):
+            raise UsageError(f"{where}: {shown} is none of {', '.join(s[1:] for s in SUFFIXES)}")
         if not path.is_file():
-            raise InputMissingError(f"{where}: image {image!a} does not exist")
-        _refuse_escape(path, home)
-        sample_id = row.get("sample_id") or PurePosixPath(image).as_posix()
-        group = row.get("group")
-        yield Source(unicodedata.normalize("NFC", str(sample_id)), path, None, str(group) if group else None)
+            raise InputMissingError(f"{where}: {shown} does not exist")
+        _refuse_escape(path, home, shown)
+        given = str(row.get("sample_id") or PurePosixPath(image).as_posix())
+        first = ids.setdefault(given, number)
+        if first != number and suffix in _DICOM:
+            raise UsageError(f"{table}: rows {first} and {number} have the same id")
+        group, patient = (str(row.get(name) or "").strip() for name in ("group", "patient"))
+        if group and patient:
+            other, line = patients.setdefault(patient, (group, number))
+            if other != group:
+                raise UsageError(f"{table}: rows {line} and {number} put one patient into two groups")
+        yield _source(path, given, group or (pseudonym("patient", patient) if patient else None))
 
 
 def _rows(table: Path) -> Iterator[tuple[int, dict[str, object]]]:
@@ -208,20 +248,41 @@ def _rows(table: Path) -> Iterator[tuple[int, dict[str, object]]]:
 
 
 def _slices(source: Source) -> Iterator[Source]:
-    if _suffix(source.path.name) not in (".nii", ".nii.gz"):
-        yield source
+    suffix = _suffix(source.path.name)
+    if suffix in _DICOM:
+        yield from _frames(source)
         return
-    count = count_slices(source.path)
-    if count is None:  # unreadable: one sample, so that it is quarantined and counted, not lost
+    count = count_slices(source.path) if suffix in _VOLUMES else None
+    if count is None:  # one image; or unreadable: one sample, so that it is quarantined and counted, not lost
         yield source
         return
     for index in range(count):
         yield Source(f"{source.sample_id}#z{index:04d}", source.path, index, source.group or source.sample_id)
 
 
-def _refuse_escape(path: Path, home: Path) -> None:
+def _frames(source: Source) -> Iterator[Source]:
+    found = dicom.scan(source.path)
+    group = source.group
+    if group is None and found.patient:
+        group = pseudonym("patient", found.patient)
+    elif group is None and found.study:
+        group = pseudonym("study", found.study)
+    if found.frames == 1:
+        yield replace(source, group=group)
+        return
+    for index in range(found.frames):
+        yield Source(
+            f"{source.sample_id}#f{index:04d}",
+            source.path,
+            index,
+            group or source.sample_id,
+            f"{source.known_as}#f{index:04d}",
+        )
+
+
+def _refuse_escape(path: Path, home: Path, shown: str = "") -> None:
     if not path.resolve().is_relative_to(home):
-        raise UsageError(f"{path}: a symbolic link out of the corpus is refused", hint="copy the file instead")
+        raise UsageError(f"{shown or path}: a symbolic link out of the corpus is refused", hint="copy the file instead")
 
 
 def _refuse_ids(sources: list[Source]) -> None:

@@ -8,6 +8,14 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _salt(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Pseudonyms of this session come from a salt of its own; the user's is neither read nor made."""
+    salt = tmp_path_factory.mktemp("salt") / "salt"
+    salt.write_text("5a" * 32)
+    os.environ["MWM_SALT_FILE"] = str(salt)
+
+
 @pytest.fixture(scope="session")
 def test_data() -> Path:
     """Real images for tests: ``MWM_TEST_DATA``, else ``../shared/data``. Absent is an error in CI, else a skip."""

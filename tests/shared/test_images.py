@@ -12,6 +12,10 @@ from PIL import Image as Pillow
 
 from shared.errors import InputMissingError, UsageError
 from shared.images import ID_BYTES_MAX, Source, _id_fault, find_sources, pixel_sha256, read_image
+from shared.pseudonyms import pseudonym
+from tests.shared.dicom_files import SAMPLES, write_dicom
+
+RAMP = np.arange(600, dtype=np.uint16).reshape(20, 30)
 
 
 def picture(path: Path, value: int = 7) -> Path:
@@ -144,3 +148,96 @@ def test_real_images_decode(test_data: Path) -> None:
         image = read_image(find_sources(test_data / name)[0])
         assert image.pixels.shape[0] == channels
         assert 0 <= image.pixels.min() < image.pixels.max() <= 1
+
+
+def test_dicom_is_found_by_suffix_or_by_its_mark_and_named_by_pseudonyms(tmp_path: Path) -> None:
+    names = ("DOE_JOHN/scan.dcm", "DOE_JOHN/1.2.840.113619.2.5", "IM0001", "b.DICOM")
+    for name in names:
+        write_dicom(tmp_path / name, RAMP)
+    for other in ("DICOMDIR", "notes.txt", ".IM0002"):
+        (tmp_path / other).write_bytes((tmp_path / "IM0001").read_bytes() if "." not in other[1:] else b"x" * 200)
+    picture(tmp_path / "p.png")
+    found = find_sources(tmp_path)
+    assert {source.known_as for source in found} == {*names, None}
+    by_name = {source.known_as: source for source in found}
+    assert by_name[None].sample_id == "p.png"
+    for name in names:
+        assert by_name[name].sample_id == pseudonym("dicom", name)
+        assert by_name[name].group == pseudonym("patient", "P1")
+        assert read_image(by_name[name]).pixels.shape == (1, 20, 30)
+    assert "DOE" not in repr(found)
+
+
+def test_frames_are_samples_of_one_group(tmp_path: Path) -> None:
+    write_dicom(tmp_path / "a.dcm", np.stack([RAMP, RAMP + 1, RAMP + 2]), PatientID=None, StudyInstanceUID=None)
+    found = find_sources(tmp_path)
+    name = pseudonym("dicom", "a.dcm")
+    assert [source.sample_id for source in found] == [f"{name}#f000{frame}" for frame in range(3)]
+    assert [source.known_as for source in found] == [f"a.dcm#f000{frame}" for frame in range(3)]
+    assert {source.group for source in found} == {name}
+    write_dicom(tmp_path / "a.dcm", np.stack([RAMP, RAMP]), PatientID=None)
+    assert {source.group for source in find_sources(tmp_path)} == {pseudonym("study", "1.2.3")}
+    for hostile in (10**9, -4, 0):
+        write_dicom(tmp_path / "a.dcm", RAMP, NumberOfFrames=hostile)
+        assert len(find_sources(tmp_path)) == 1
+
+
+def test_a_deflated_header_is_read(tmp_path: Path) -> None:
+    from pydicom.uid import DeflatedExplicitVRLittleEndian
+
+    stack = np.stack([RAMP, RAMP])
+    write_dicom(tmp_path / "a.dcm", stack, syntax=DeflatedExplicitVRLittleEndian, PatientID="P2")
+    assert [source.group for source in find_sources(tmp_path)] == [pseudonym("patient", "P2")] * 2
+
+
+def test_a_broken_dicom_file_stays_one_sample(tmp_path: Path) -> None:
+    raw = (SAMPLES / "SC_rgb_rle_2frame.dcm").read_bytes()
+    (tmp_path / "a.dcm").write_bytes(raw[:300])
+    (tmp_path / "b.dcm").write_bytes(b"")
+    assert len(find_sources(tmp_path)) == 2
+
+
+def test_patients_of_a_list_become_groups_by_pseudonym(tmp_path: Path) -> None:
+    for name in ("1.png", "2.png", "3.png"):
+        picture(tmp_path / name)
+    write_dicom(tmp_path / "4.dcm", RAMP)
+    write_dicom(tmp_path / "5.dcm", RAMP)
+    (tmp_path / "list.csv").write_text(
+        "image,sample_id,group,patient\n1.png,,,MRN-7\n2.png,,g,MRN-8\n3.png,,,\n4.dcm,DOE-4,,MRN-7\n5.dcm,,,\n"
+    )
+    found = {source.path.name: source for source in find_sources(tmp_path / "list.csv")}
+    seven = pseudonym("patient", "MRN-7")
+    assert [found[name].group for name in ("1.png", "2.png", "3.png", "4.dcm")] == [seven, "g", None, seven]
+    assert found["5.dcm"].group == pseudonym("patient", "P1")
+    assert (found["4.dcm"].sample_id, found["4.dcm"].known_as) == (pseudonym("dicom", "DOE-4"), "DOE-4")
+    assert "MRN" not in repr(found)
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ("4.dcm,DOE,,\n5.dcm,DOE,,\n", "rows 2 and 3 have the same id"),
+        ("1.png,,a,DOE\n2.png,,b,DOE\n", "rows 2 and 3 put one patient into two groups"),
+        ("DOE/4.dcm,,,\n", "row 2: image does not exist"),
+        ("/DOE.dcm,,,\n", "row 2: image is not a path inside"),
+    ],
+)
+def test_faults_of_a_list_name_rows_and_no_patients(tmp_path: Path, rows: str, said: str) -> None:
+    for name in ("1.png", "2.png"):
+        picture(tmp_path / name)
+    for name in ("4.dcm", "5.dcm"):
+        write_dicom(tmp_path / name, RAMP)
+    (tmp_path / "list.csv").write_text(f"image,sample_id,group,patient\n{rows}")
+    with pytest.raises(UsageError, match=said) as caught:
+        find_sources(tmp_path / "list.csv")
+    assert "DOE" not in str(caught.value)
+
+
+def test_a_volume_of_absurd_size_stays_one_sample(tmp_path: Path) -> None:
+    import nibabel
+
+    header = nibabel.Nifti2Header()
+    header.set_data_shape((4, 4, 1 << 50))
+    with (tmp_path / "v.nii").open("wb") as file:
+        header.write_to(file)
+    assert [source.slice_index for source in find_sources(tmp_path)] == [None]
