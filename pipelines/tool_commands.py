@@ -33,25 +33,35 @@ def audit(
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(help="An artifact.")],
-    sample: Annotated[
-        str | None, typer.Option(help="A sample id of a region store: print what is known of it.")
-    ] = None,
-    images: Annotated[Path | None, typer.Option(help="The store's images, to draw the sample.")] = None,
-    out: Annotated[Path | None, typer.Option(help="PNG to draw the sample's region maps into.")] = None,
+    path: Annotated[Path, typer.Argument(help="An artifact; with --sample also a chain's folder.")],
+    sample: Annotated[str | None, typer.Option(help="Sample id of a region store or an encoder.")] = None,
+    epoch: Annotated[int | None, typer.Option(help="With an encoder: draw its mask of this epoch again [-1].")] = None,
+    view: Annotated[int | None, typer.Option(help="Which draw of the epoch [0].")] = None,
+    images: Annotated[Path | None, typer.Option(help="The store's images, for a picture.")] = None,
+    regions: Annotated[Path | None, typer.Option(help="The encoder's region store, if not beside it.")] = None,
+    out: Annotated[Path | None, typer.Option(help="PNG: image, regions, window, coverage, hidden patches.")] = None,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
-    """Show what an artifact is, or one sample of a region store with its maps."""
+    """Show what an artifact is, or one sample with its regions and its mask at an epoch, drawn again."""
     from pipelines.inspect import inspect_artifact, inspect_sample
+    from shared.errors import DriftError, UsageError
 
-    facts = inspect_artifact(path) if sample is None else inspect_sample(path, sample, images, out)
+    same = True
+    if sample is None:
+        if any(value is not None for value in (epoch, view, images, regions, out)):
+            raise UsageError("--epoch, --view, --images, --regions and --out need --sample")
+        facts = inspect_artifact(path)
+    else:
+        facts, same = inspect_sample(path, sample, images=images, regions=regions, epoch=epoch, view=view, out=out)
     if as_json:
         print_json(facts)
     else:
         width = max(map(len, facts))
         for key, value in facts.items():
             typer.echo(f"{key:<{width}}  {value}")
+    if not same:
+        raise DriftError(f"sample {sample!r}: {facts['witness']}", hint="mwm audit PATH --level masks checks them all")
 
 
 def doctor(as_json: AsJson = False, verbose: Verbose = False) -> None:

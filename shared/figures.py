@@ -220,6 +220,36 @@ def hero(
     return buffer.getvalue()
 
 
+def sheet(panels: Sequence[tuple[str, str, Rgb]], foot: str = "") -> bytes:
+    """Pictures side by side, each with a name and a line about it.
+
+    Args:
+        panels: Name, line, picture.
+        foot: A line below all of them.
+
+    Returns:
+        PNG bytes on a dark ground.
+    """
+    gap = 24
+    tall = max(pixels.shape[0] for _, _, pixels in panels)
+    width = gap + sum(pixels.shape[1] + gap for *_, pixels in panels)
+    canvas = Image.new("RGB", (width, tall + 132), (15, 19, 26))
+    draw = ImageDraw.Draw(canvas)
+    x = gap
+    for name, told, pixels in panels:
+        high, wide = pixels.shape[:2]
+        canvas.paste(Image.fromarray(pixels), (x, gap + (tall - high) // 2))
+        draw.text((x, gap + tall + 12), name, (240, 243, 248), font=_fitting(draw, name, 22, wide))
+        draw.text((x, gap + tall + 42), told, (163, 174, 190), font=_fitting(draw, told, 17, wide))
+        x += wide + gap
+    font = ImageFont.load_default(size=15)
+    draw.text((gap, tall + 110), foot, (120, 132, 150), font=_fitting(draw, foot, 15, width // 2), anchor="lm")
+    draw.text((width - gap, tall + 110), NOT_FOR_DIAGNOSIS, (120, 132, 150), font=font, anchor="rm")
+    buffer = io.BytesIO()
+    canvas.save(buffer, format="PNG", optimize=True)
+    return buffer.getvalue()
+
+
 def _words(
     draw: ImageDraw.ImageDraw,
     prompts: Mapping[str, Sequence[str]],

@@ -18,7 +18,7 @@ from stage2_pretrain.masking.sampler import Drawn, MaskSampler
 from stage2_pretrain.witness import WitnessRecorder
 
 _AHEAD = 2
-_INSIDE = (COVERAGE_MAX * 500 + 999) // 1000
+INSIDE = (COVERAGE_MAX * 500 + 999) // 1000
 """Coverage from which a patch counts as inside: the region policy's default, whatever the policy, so that the
 shares of different runs compare."""
 
@@ -104,7 +104,7 @@ class Tally:
         """
         hidden = ~visible.flatten(1).cpu().numpy()
         self.recorder.record(step.sample_ids, step.epoch, 0, hidden)
-        inside = step.drawn.coverage >= _INSIDE
+        inside = step.drawn.coverage >= INSIDE
         for name, flags in {
             "inside": inside,
             "outside": ~inside,

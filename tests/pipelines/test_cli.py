@@ -332,20 +332,6 @@ def test_a_full_disk_exits_75_and_the_same_command_continues(tmp_path: Path, mwm
     assert read_card(tmp_path / "r").artifact_id == whole
 
 
-def test_inspect_tells_and_draws(finished: Chain, mwm, tmp_path: Path) -> None:
-    code, out, _ = mwm("inspect", finished.out / "encoder")
-    assert code == 0
-    assert read_card(finished.out / "encoder").artifact_id in out
-    code, out, _ = mwm(
-        "inspect", finished.out / "regions", "--sample", "p00.png", "--images", finished.images, "--out",
-        tmp_path / "p.png",
-    )  # fmt: skip
-    assert code == 0
-    assert "region bright" in out
-    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
-    assert mwm("inspect", finished.out / "regions", "--sample", "nobody")[0] == 2
-
-
 @pytest.mark.slow
 def test_sigterm_in_pretraining_exits_75_and_continues_to_the_same_encoder(chain: Chain) -> None:
     whole = read_card(chain.out / "encoder").artifact_id
