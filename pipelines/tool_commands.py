@@ -65,18 +65,17 @@ def inspect(
 
 
 def doctor(as_json: AsJson = False, verbose: Verbose = False) -> None:
-    """Check this installation and machine: versions, weights, cores, memory, disk, recipes."""
+    """Check this installation and machine for what is known to go wrong; exit 1 if something needed is bad."""
     from pipelines.doctor import examine
 
     checks = examine()
     if as_json:
-        print_json([check._asdict() for check in checks])
+        print_json([check.as_dict() for check in checks])
     else:
         for check in checks:
-            typer.echo(f"{'ok  ' if check.ok else 'BAD '} {check.name:<14} {check.found}")
-            if not check.ok:
-                typer.echo(f"     {check.remedy}")
-    if not all(check.ok for check in checks):
+            for line in check.lines():
+                typer.echo(line)
+    if any(check.state == "BAD" for check in checks):
         raise typer.Exit(1)
 
 
