@@ -82,7 +82,10 @@ class RegionDataset(Dataset[dict[str, Any]]):
             raise InputMissingError(
                 f"images {images}: {len(missing)} of {len(used)} samples of the region store are not there, "
                 f"first {missing[0]!r}",
-                hint="give the images that the store was made from",
+                hint="give the images that the store was made from; DICOM ids also need the salt that they were made "
+                "with (MWM_SALT_FILE)"
+                if missing[0].startswith("dicom-")
+                else "give the images that the store was made from",
             )
         self.store = store
         self.size_px = size_px

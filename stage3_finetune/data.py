@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from math import isqrt
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from torch.nn.functional import interpolate
 
 from shared.artifact import file_sha256
 from shared.config import digest
-from shared.errors import CorruptError, DecodeError
+from shared.errors import CorruptError, DecodeError, InputMissingError
 from shared.images import Source, read_image
 from shared.rng import below, uniform_u32
 from stage3_finetune.config import AugmentConfig
@@ -50,10 +51,21 @@ def digest_images(sources: Mapping[str, Source], examples: Sequence[Example]) ->
 
     Returns:
         sha256 by sample id, and the digest of all (sample id, sha256) pairs.
+
+    Raises:
+        InputMissingError: A file vanished since the images were listed.
     """
-    by_path = {path: file_sha256(path) for path in {sources[example.sample_id].path for example in examples}}
+    names = {sources[example.sample_id].path: example.sample_id for example in examples}
+    by_path = {path: _digest(path, sample_id) for path, sample_id in names.items()}
     by_id = {example.sample_id: by_path[sources[example.sample_id].path] for example in examples}
     return by_id, digest(sorted(by_id.items()))
+
+
+def _digest(path: Path, sample_id: str) -> str:
+    try:
+        return file_sha256(path)
+    except FileNotFoundError:
+        raise InputMissingError(f"sample {sample_id!a}: its file vanished") from None
 
 
 class Part:

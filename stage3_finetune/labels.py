@@ -1,7 +1,8 @@
 """The labels table, and splits that never cut through a group.
 
-A table is a CSV with the columns ``sample_id`` (or ``image``) and ``label``, and optionally ``group`` and
-``split`` (train, val or test). Without groups every sample is one of its own, which is right only where no two
+A table is a CSV with the columns ``sample_id`` (or ``image``) and ``label``, and optionally ``group``, ``patient`` and
+``split`` (train, val or test). A patient is a group whose name is not published: its pseudonym is. Where the table
+has neither, the images' own groups count; a sample without any is one of its own, which is right only where no two
 samples show the same patient.
 """
 
@@ -18,11 +19,12 @@ from typing import NoReturn
 
 from shared.config import digest
 from shared.errors import ConfigError, InputMissingError
+from shared.pseudonyms import pseudonym
 from shared.rng import uniform_u32
 
 SPLITS = ("train", "val", "test")
 _KEYS = ("sample_id", "image")
-_COLUMNS = (*_KEYS, "label", "group", "split")
+_COLUMNS = (*_KEYS, "label", "group", "patient", "split")
 _SHOWN = 8
 
 
@@ -76,6 +78,7 @@ def load_labels(
     val_milli: int,
     test_milli: int,
     seed: int,
+    names: Mapping[str, str] | None = None,
 ) -> Labels:
     """Read, check and split a labels table.
 
@@ -86,6 +89,7 @@ def load_labels(
         val_milli: Share of val where the table has no split, in thousandths of the samples.
         test_milli: Share of test, likewise.
         seed: Seed of the split.
+        names: What the user calls a sample whose id is a pseudonym -> that id; the table may use either.
 
     Returns:
         The table, every row in one part.
@@ -94,30 +98,39 @@ def load_labels(
         InputMissingError: No such table; rows whose image does not exist.
         ConfigError: Everything else that is wrong with the table, all rows of a fault at once.
     """
-    examples, grouped = read_table(path, known)
-    missing = [example.sample_id for example in examples if example.sample_id not in known]
+    examples, grouped = read_table(path, known, names)
+    # Where ids are pseudonyms, a name that matches none may be a patient's: its row is told instead.
+    missing = [
+        f"row {row}" if names else ascii(example.sample_id)
+        for row, example in enumerate(examples, 1)
+        if example.sample_id not in known
+    ]
     if missing:
         raise InputMissingError(
-            f"labels {path}: {len(missing)} of {len(examples)} samples are not among the images: {_listed(missing)}",
+            f"labels {path}: {len(missing)} of {len(examples)} samples are not among the images: "
+            f"{_listed(missing, quote=False)}",
             hint=f"ids are the image list's, else relative paths such as {min(known, default='a/1.png')!a}",
         )
-    names = _classes(path, examples, classes)
+    ordered = _classes(path, examples, classes)
     if examples[0].split is None:
         examples = split_by_group(examples, val_milli=val_milli, test_milli=test_milli, seed=seed)
     _check_groups(path, examples)
-    _check_parts(path, examples, names)
-    return Labels(names, tuple(sorted(examples, key=lambda example: example.sample_id)), grouped)
+    _check_parts(path, examples, ordered)
+    return Labels(ordered, tuple(sorted(examples, key=lambda example: example.sample_id)), grouped)
 
 
-def read_table(path: Path, known: Mapping[str, str | None]) -> tuple[list[Example], bool]:
+def read_table(
+    path: Path, known: Mapping[str, str | None], names: Mapping[str, str] | None = None
+) -> tuple[list[Example], bool]:
     """Read a labels table as it stands, in file order.
 
     Args:
         path: The CSV.
-        known: Groups by sample id, used where the table has no column ``group``.
+        known: Groups by sample id, used where the table has neither ``group`` nor ``patient``.
+        names: As for `load_labels`.
 
     Returns:
-        The rows, and whether groups were given.
+        The rows, and whether every one of them has a group.
 
     Raises:
         InputMissingError: No such table.
@@ -137,19 +150,41 @@ def read_table(path: Path, known: Mapping[str, str | None]) -> tuple[list[Exampl
     problems = [f"line {line}: {fault}" for line, row in rows if (fault := _row_fault(row, columns))]
     if problems:
         _refuse(path, problems)
-    grouped = "group" in columns or all(known.get(row[key]) for _, row in rows)
-    examples, lines = [], defaultdict(list)
+    examples, lines, patients = [], defaultdict(list), _Patients()
     for line, row in rows:
-        sample_id = unicodedata.normalize("NFC", row[key])
+        given = unicodedata.normalize("NFC", row[key])
+        sample_id = (names or {}).get(given, given)
         # Stripped like the label: "patient1 " in test beside "patient1" in train would be a leak.
         group = unicodedata.normalize("NFC", row.get("group") or "").strip()
-        group = group or (known.get(sample_id) if grouped else None) or sample_id
+        patient = pseudonym("patient", row["patient"]) if "patient" in columns else ""
+        patients.note(line, patient, group, known.get(sample_id) or "")
+        group = group or patient or known.get(sample_id) or sample_id
         examples.append(Example(sample_id, row["label"].strip(), group, row.get("split")))
         lines[sample_id].append(line)
-    twice = [f"{name!a} in lines {', '.join(map(str, at))}" for name, at in lines.items() if len(at) > 1]
+    shown = {name: ascii(name) if name in known or not names else "a sample" for name in lines}
+    twice = [f"{shown[name]} in lines {', '.join(map(str, at))}" for name, at in lines.items() if len(at) > 1]
     if twice:
         _refuse(path, [f"samples given more than once: {_listed(twice, quote=False)}"])
-    return examples, grouped
+    if patients.problems:
+        _refuse(path, patients.problems)
+    grouped = {"group", "patient"} & set(columns) or all(known.get(example.sample_id) for example in examples)
+    return examples, bool(grouped)
+
+
+class _Patients:
+    """What a table says of patients, held against its groups and against what the images say."""
+
+    def __init__(self) -> None:
+        self.problems: list[str] = []
+        self._groups: dict[str, tuple[str, int]] = {}
+
+    def note(self, line: int, patient: str, group: str, known: str) -> None:
+        if patient and known.startswith("patient-") and known != patient:
+            self.problems.append(f"line {line}: another patient than the images' own")
+        if patient and group:
+            other, first = self._groups.setdefault(patient, (group, line))
+            if other != group:
+                self.problems.append(f"lines {first} and {line} put one patient into two groups")
 
 
 def split_by_group(examples: Sequence[Example], *, val_milli: int, test_milli: int, seed: int) -> list[Example]:
@@ -194,7 +229,7 @@ def split_by_group(examples: Sequence[Example], *, val_milli: int, test_milli: i
 def _check_columns(path: Path, columns: list[str]) -> str:
     unknown = [name for name in columns if name not in _COLUMNS]
     keys = [name for name in _KEYS if name in columns]
-    hint = "columns: sample_id (or image), label, and optionally group and split"
+    hint = "columns: sample_id (or image), label, and optionally group, patient and split"
     if unknown:
         raise ConfigError(f"labels {path}: unknown columns: {_listed(unknown)}", hint=hint)
     if len(keys) != 1 or "label" not in columns or len(set(columns)) < len(columns):

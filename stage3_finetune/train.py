@@ -123,7 +123,7 @@ def finetune(
     Args:
         config: Settings.
         images: Folder of images, or a list (`shared.images.find_sources`).
-        labels: CSV with the columns sample_id (or image) and label, optionally group and split.
+        labels: CSV with the columns sample_id (or image) and label, optionally group, patient and split.
         encoder: ``PATH[@sha256:...]`` of an encoder, or None for random weights.
         out: Folder of the run; an unfinished run of the same specification continues.
         fresh: Keep an existing folder aside and start anew.
@@ -193,6 +193,7 @@ def prepare(config: FinetuneConfig, *, images: Path, labels: Path, encoder: str 
     table = load_labels(
         labels,
         known={name: source.group for name, source in sources.items()},
+        names={source.known_as: name for name, source in sources.items() if source.known_as is not None},
         classes=config.classes,
         val_milli=config.val_milli,
         test_milli=config.test_milli,

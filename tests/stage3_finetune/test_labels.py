@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shared.errors import ConfigError, InputMissingError
+from shared.pseudonyms import pseudonym
 from stage3_finetune.labels import Example, Labels, load_labels, split_by_group
 
 from .conftest import CLASSES, rows
@@ -153,3 +154,54 @@ def test_shares_are_met_class_by_class_and_the_seed_matters() -> None:
         ("a", "test"): 16, ("a", "val"): 12, ("b", "test"): 32, ("b", "val"): 24,
     }  # fmt: skip
     assert split_by_group(examples, val_milli=150, test_milli=200, seed=1) != split
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "labels.csv"
+    path.write_text(text)
+    return path
+
+
+def load(path: Path, known: dict[str, str | None], names: dict[str, str] | None = None) -> Labels:
+    return load_labels(path, known=known, names=names, classes=None, val_milli=0, test_milli=300, seed=0)
+
+
+def test_patients_are_groups_by_pseudonym_and_agree_with_the_images(tmp_path: Path) -> None:
+    rows = [(f"{n}.png", "ab"[n % 2], f"MRN-{n // 2}") for n in range(12)]
+    text = "sample_id,label,patient\n" + "".join(",".join(row) + "\n" for row in rows)
+    known = {name: pseudonym("patient", patient) for name, _, patient in rows}
+    labels = load(write(tmp_path, text), known)
+    assert labels.grouped
+    assert {e.sample_id: e.group for e in labels.examples} == known
+    assert labels.sha256 == load(write(tmp_path, text), dict.fromkeys(known)).sha256
+    with pytest.raises(ConfigError, match="line 2: another patient than the images' own") as caught:
+        load(write(tmp_path, text.replace("MRN-0", "MRN-9", 1)), known)
+    assert "MRN" not in str(caught.value)
+
+
+def test_a_patient_in_two_groups_is_refused_by_lines(tmp_path: Path) -> None:
+    text = "sample_id,label,group,patient\n1,a,g,DOE\n2,b,h,DOE\n3,a,i,ROE\n4,b,j,POE\n"
+    with pytest.raises(ConfigError, match="lines 2 and 3 put one patient into two groups") as caught:
+        load(write(tmp_path, text), dict.fromkeys("1234"))
+    assert "DOE" not in str(caught.value)
+
+
+def test_a_table_may_use_the_names_behind_pseudonyms_and_errors_do_not(tmp_path: Path) -> None:
+    names = {f"DOE_{n}/1.dcm": f"dicom-{n}" for n in range(8)}
+    known: dict[str, str | None] = {sample_id: f"patient-{sample_id}" for sample_id in names.values()}
+    text = "image,label\n" + "".join(f"{name},{'ab'[n % 2]}\n" for n, name in enumerate(names))
+    labels = load(write(tmp_path, text), known, names)
+    assert {example.sample_id for example in labels.examples} == set(known)
+    assert labels.grouped
+    for bad in ("DOE_9/1.dcm,a\n", "DOE_9/1.dcm,a\nDOE_9/1.dcm,b\n", "DOE_0/1.dcm,a\n"):
+        with pytest.raises((InputMissingError, ConfigError)) as caught:
+            load(write(tmp_path, text + bad), known, names)
+        assert "DOE" not in str(caught.value)
+
+
+def test_groups_of_some_images_still_hold(tmp_path: Path) -> None:
+    known = {str(n): "patient-one" if n < 4 else None for n in range(12)}
+    labels = load(write(tmp_path, "sample_id,label\n" + "".join(f"{n},{'ab'[n % 2]}\n" for n in range(12))), known)
+    assert not labels.grouped
+    assert len({example.split for example in labels.examples if example.group == "patient-one"}) == 1
+    assert sum(example.group == "patient-one" for example in labels.examples) == 4
