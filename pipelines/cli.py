@@ -36,6 +36,7 @@ app.command(cls=settings_help("stage3_finetune.config:FinetuneConfig"))(stage_co
 app.command("run")(stage_commands.run_)
 app.command()(tool_commands.audit)
 app.command()(tool_commands.inspect)
+app.command()(tool_commands.init)
 app.command("list")(tool_commands.list_)
 app.command()(tool_commands.doctor)
 

@@ -107,3 +107,26 @@ def list_(
         for line in part_lines(items, "  " if what is None else ""):
             typer.echo(line)
     return None
+
+
+def init(
+    out: Annotated[Path, typer.Option(help="Recipe to write; must not exist.")] = Path("recipe.yaml"),
+    images: Annotated[
+        Path | None, typer.Option(help="Your images: some are opened, to choose sensible values.")
+    ] = None,
+    labels: Annotated[Path | None, typer.Option(help="Your labels: the recipe then finetunes too.")] = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Write a commented recipe for your own images."""
+    from pipelines.starter import write_recipe
+
+    corpus = write_recipe(out, images, labels)
+    if as_json:
+        return print_json({"recipe": out.as_posix(), "found": corpus.lines() if corpus else []})
+    for line in corpus.lines() if corpus else ():
+        typer.echo(line)
+    typer.echo(f"made: {out}")
+    given = f"--images {images or '...'}{f' --labels {labels}' if labels else ''}"
+    typer.echo(f"next: name your regions in it; then mwm run {out} {given} --dry-run")
+    return None
