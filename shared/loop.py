@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,9 +17,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from shared import ranks
 from shared.checkpoint import latest_state, save_state
 from shared.errors import CorruptError, InterruptedRun, UsageError
 from shared.heap import keep_freed_memory
+from shared.loader import loader_deaths
 from shared.rng import seed_key
 from shared.runlog import RunLog
 from shared.signals import Signals
@@ -88,7 +91,8 @@ class Fitted:
         ema: Averaged state dict, or None without `Plan.ema`.
         wait_s: Seconds this process waited for data.
         busy_s: Seconds it computed.
-        samples: Samples it saw.
+        samples: Samples it saw, in all processes.
+        processes: ``(step, count)``: from that step on there were so many processes.
     """
 
     steps: int
@@ -97,6 +101,7 @@ class Fitted:
     wait_s: float
     busy_s: float
     samples: int
+    processes: list[tuple[int, int]]
 
 
 def fit(
@@ -118,8 +123,9 @@ def fit(
     Args:
         module: Holds every trained parameter and buffer. Its mode and device are the caller's.
         batches: Called once with the number of steps done; yields a batch and its sample ids for each
-            step to come.
+            step to come. Of several processes (`shared.ranks`): this one's share, and the ids of the whole.
         step: ``step(batch, index)`` returns scalars with ``"loss"``, the one that is minimised; index from 0.
+            Of several processes: its part of each, so that their sum is the scalar of the whole batch.
         plan: How to optimise.
         state: Folder of the states; `shared.checkpoint`.
         log: Gets progress, and a metrics line a step: scalars, ``lr``, ``grad_norm``.
@@ -134,27 +140,34 @@ def fit(
         Averages and timings. Done steps are not repeated: a finished fit returns at once.
 
     Raises:
-        InterruptedRun: SIGTERM or SIGINT came; the state is saved.
+        InterruptedRun: SIGTERM or SIGINT came; the state is saved. Or a loader process was killed; the last one stays.
         NonFiniteError: Loss or gradient not finite; names the samples. The states before it stay.
         CorruptError: The states are broken, or of another module.
     """
     keep_freed_memory()
     optimizer = _optimizer(module, plan, lr_scale)
+    writer = ranks.rank() == 0
     ema = {name: value.detach().clone() for name, value in module.state_dict().items()} if plan.ema else None
     tags = dict(where or {})
     found = latest_state(state, log.warn)
-    begun = 0
+    begun, processes = 0, [(0, ranks.size())]
     if found is not None:
         begun, tensors, meta = found
         _restore(tensors, meta, module, optimizer, ema, extra)
         log.info(f"continuing from {unit} {begun} of {plan.steps}")
+        processes = [(int(step), int(count)) for step, count in meta.get("processes", [(0, 1)])]
+        if processes[-1][1] != ranks.size() and begun < plan.steps:
+            processes.append((begun, ranks.size()))
+            log.info(f"{ranks.size()} processes from here, {processes[-2][1]} before")
+    if len(begins := set(ranks.gather(begun))) > 1:
+        raise UsageError(f"the processes found states of {unit}s {sorted(begins)}: --out must be one shared folder")
     log.rewind(begun, **tags)
-    fitted = Fitted(plan.steps, begun, ema, 0.0, 0.0, 0)
+    fitted = Fitted(plan.steps, begun, ema, 0.0, 0.0, 0, processes)
     if begun >= plan.steps:
         return fitted
     saved_at = time.monotonic()
     source = iter(batches(begun))
-    with Signals() as signals, torch.random.fork_rng(devices=[]):
+    with Signals() as signals, torch.random.fork_rng(devices=[]), _closing(source), loader_deaths():
         for index in range(begun, plan.steps):
             waited = time.perf_counter()
             batch, sample_ids = next(source)
@@ -176,12 +189,15 @@ def fit(
             due = time.monotonic() - saved_at >= plan.checkpoint_s or (
                 plan.checkpoint_steps is not None and done % plan.checkpoint_steps == 0
             )
-            if due or signals.caught is not None or done == plan.steps:
-                save_state(state, done, *_collect(module, optimizer, ema, extra), keep=plan.keep)
+            stopping = ranks.total(signals.caught is not None) > 0
+            if writer and (due or stopping or done == plan.steps):
+                tensors, meta = _collect(module, optimizer, ema, extra)
+                save_state(state, done, tensors, {**meta, "processes": processes}, keep=plan.keep)
                 saved_at = time.monotonic()
-            if signals.caught is not None:
+            if stopping:
+                ranks.wait()  # until the state is saved: a launcher ends all processes when one has ended
                 raise InterruptedRun(
-                    f"{signals.caught} after {unit} {done} of {plan.steps}; state saved",
+                    f"{signals.caught or 'a signal'} after {unit} {done} of {plan.steps}; state saved",
                     hint="run the same command again: it continues",
                 )
     return fitted
@@ -214,6 +230,16 @@ def rehearse(
             _advance(module, optimizer, step, batch, sample_ids, plan, index)
             seconds.append(time.perf_counter() - started)
     return seconds
+
+
+@contextmanager
+def _closing(source: Iterator[Any]) -> Iterator[None]:
+    """End a generator, and with it its threads and processes, also when an error's traceback still holds it."""
+    try:
+        yield
+    finally:
+        if isinstance(source, Generator):
+            source.close()
 
 
 def learning_rate(plan: Plan, index: int) -> float:
@@ -262,9 +288,10 @@ def _advance(
         group["lr"] = rate * group["scale"]
     optimizer.zero_grad(set_to_none=True)
     outputs = step(batch, index)
-    scalars = {name: float(value.detach()) for name, value in outputs.items()}
+    scalars = ranks.totals({name: float(value.detach()) for name, value in outputs.items()})
     _check_finite("loss", scalars["loss"], index, sample_ids)
     outputs["loss"].backward()
+    ranks.add_gradients(module.parameters())
     norm = nn.utils.clip_grad_norm_(module.parameters(), plan.clip_norm or math.inf)
     scalars["grad_norm"] = float(norm)
     _check_finite("gradient norm", scalars["grad_norm"], index, sample_ids)

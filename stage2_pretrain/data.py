@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float32, Int32, UInt8
 from torch import Tensor
 from torch.nn.functional import interpolate
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import default_collate
 
 from shared.errors import CorruptError, DecodeError, InputMissingError
 from shared.images import Source, find_sources, read_image
@@ -38,7 +38,7 @@ class SourceChangedError(CorruptError):
     kind = "source-changed"
 
 
-class RegionDataset(Dataset[dict[str, Any]]):
+class RegionDataset:
     """The samples of a region store that have maps, in the store's order.
 
     Args:
@@ -100,8 +100,6 @@ class RegionDataset(Dataset[dict[str, Any]]):
         self.extra = len(set(found) - {sample.sample_id for sample in store.samples})
         self._sources: list[Source] = [found[name] for name in self.sample_ids]
         self._sha256 = [sample.source_sha256 for sample in used]
-        # Shared memory: loading processes that outlive an epoch must see the next one's number.
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._free_bytes = memory_bytes
         self._images: dict[int, UInt8[np.ndarray, "C H W"] | Float32[np.ndarray, "C H W"]] = {}
         self._maps: dict[int, UInt8[np.ndarray, "K h w"]] = {}
@@ -109,12 +107,8 @@ class RegionDataset(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.sample_ids)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Make the next items those of an epoch, 0 .. 2^24 - 1; also in loading processes."""
-        self._epoch.fill_(epoch)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        """One sample as it is seen in the epoch set.
+    def item(self, index: int, epoch: int) -> dict[str, Any]:
+        """One sample as it is seen in an epoch, 0 .. 2^24 - 1.
 
         Returns:
             ``image`` float32 [C, S, S] in [0, 1]; ``maps`` uint8 [K, h, w], of the whole image; ``window`` int32 [8];
@@ -125,7 +119,7 @@ class RegionDataset(Dataset[dict[str, Any]]):
         """
         key = self.sample_keys[index : index + 1]
         size = self.sizes_px[index : index + 1]
-        window = draw_windows(size, key, seed=self.seed, epoch=int(self._epoch), options=self.window)[0]
+        window = draw_windows(size, key, seed=self.seed, epoch=epoch, options=self.window)[0]
         return {
             "image": view_image(self._pixels(index), window, self.size_px, self.channels),
             "maps": torch.from_numpy(self._region_maps(index)),
@@ -136,9 +130,8 @@ class RegionDataset(Dataset[dict[str, Any]]):
         }
 
     def batch(self, indices: Sequence[int], epoch: int) -> dict[str, Any]:
-        """The samples of a batch as they are seen in an epoch, collated; what a loader makes, in this process."""
-        self.set_epoch(epoch)
-        collated: dict[str, Any] = default_collate([self[index] for index in indices])
+        """The samples of a batch as they are seen in an epoch, collated."""
+        collated: dict[str, Any] = default_collate([self.item(index, epoch) for index in indices])
         return collated
 
     def _pixels(self, index: int) -> UInt8[np.ndarray, "C H W"] | Float32[np.ndarray, "C H W"]:

@@ -1,23 +1,23 @@
-"""Batches with their masks, made one ahead of the model, and what is counted of them."""
+"""Batches with their masks, made ahead of the model, and what is counted of them."""
 
 from __future__ import annotations
 
-import time
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
+from itertools import tee
 from typing import Any
 
 from torch import Tensor
 
+from shared import ranks
+from shared.loader import load_ahead
 from shared.order import schedule
 from stage2_pretrain.data import RegionDataset
 from stage2_pretrain.masking.coverage import COVERAGE_MAX
 from stage2_pretrain.masking.sampler import Drawn, MaskSampler
 from stage2_pretrain.witness import WitnessRecorder
 
-_AHEAD = 2
 INSIDE = (COVERAGE_MAX * 500 + 999) // 1000
 """Coverage from which a patch counts as inside: the region policy's default, whatever the policy, so that the
 shares of different runs compare."""
@@ -41,50 +41,47 @@ class Step:
 
 
 class Steps:
-    """The steps of a run from any step on, loaded and masked by a thread while the model computes.
+    """The steps of a run from any step on, loaded and masked while the model computes.
 
     Args:
         dataset: Images and maps.
         sampler: Draws the masks.
         batch_size: Images a step, at most.
         seed: Of the run.
-
-    Attributes:
-        wait_s: Seconds that the model has waited for data.
+        workers: Loader processes; 0: a thread of this one.
     """
 
-    def __init__(self, dataset: RegionDataset, sampler: MaskSampler, *, batch_size: int, seed: int) -> None:
+    def __init__(
+        self, dataset: RegionDataset, sampler: MaskSampler, *, batch_size: int, seed: int, workers: int = 0
+    ) -> None:
         self.dataset = dataset
         self.sampler = sampler
         self.batch_size = batch_size
         self.seed = seed
-        self.wait_s = 0.0
+        self.workers = workers
 
-    def make(self, epoch: int, indices: Sequence[int]) -> Step:
-        """Load and mask some samples as they are in an epoch."""
+    def make(self, task: tuple[int, Sequence[int]]) -> Step:
+        """Load and mask some samples, given as ``(epoch, indices)``, as they are in that epoch."""
+        epoch, indices = task
         batch = self.dataset.batch(indices, epoch)
         names = tuple(self.dataset.sample_ids[index] for index in indices)
         return Step(batch["image"], self.sampler.draw(batch, epoch), epoch, names)
 
     def begin(self, begun: int) -> Iterator[tuple[Step, tuple[str, ...]]]:
-        """Endless steps after the first ``begun``, with their sample ids."""
-        return self.follow(schedule(self.dataset.sample_ids, self.batch_size, self.seed, begun))
+        """Endless steps after the first ``begun``: this process's share of each, and the sample ids of the whole."""
+        plan = schedule(self.dataset.sample_ids, self.batch_size, self.seed, begun)
+        return self.follow(plan, workers=self.workers)
 
-    def follow(self, plan: Iterator[tuple[int, Sequence[int]]]) -> Iterator[tuple[Step, tuple[str, ...]]]:
+    def follow(
+        self, plan: Iterator[tuple[int, Sequence[int]]], *, workers: int = 0
+    ) -> Iterator[tuple[Step, tuple[str, ...]]]:
         """The steps of a plan of ``(epoch, indices)`` that does not end."""
-        # One thread: the dataset holds the epoch's number, so items are asked for one batch at a time.
-        with ThreadPoolExecutor(1) as pool:
-            waiting: deque[Future[Step]] = deque(pool.submit(self.make, *next(plan)) for _ in range(_AHEAD))
-            try:
-                while True:
-                    started = time.perf_counter()
-                    step = waiting.popleft().result()
-                    self.wait_s += time.perf_counter() - started
-                    waiting.append(pool.submit(self.make, *next(plan)))
-                    yield step, step.sample_ids
-            finally:
-                for future in waiting:
-                    future.cancel()
+        names = self.dataset.sample_ids
+        tasks, wholes = tee(plan)
+        shares = ((epoch, ranks.share(indices)) for epoch, indices in tasks)
+        with closing(load_ahead(self.make, shares, workers=workers)) as made:
+            for step, (_, whole) in zip(made, wholes, strict=False):
+                yield step, tuple(names[index] for index in whole)
 
 
 @dataclass
@@ -96,24 +93,25 @@ class Tally:
     total: dict[str, int] = field(default_factory=lambda: {"clamped_draws": 0, "empty_draws": 0})
 
     def add(self, step: Step, visible: Tensor) -> None:
-        """Count one step.
+        """Count one step; of several processes, each counts what all of them were shown.
 
         Args:
             step: What was made.
             visible: bool [B, gh, gw]: the very tensor that the encoder got.
         """
-        hidden = ~visible.flatten(1).cpu().numpy()
-        self.recorder.record(step.sample_ids, step.epoch, 0, hidden)
-        inside = step.drawn.coverage >= INSIDE
-        for name, flags in {
-            "inside": inside,
-            "outside": ~inside,
-            "hidden_inside": hidden & inside,
-            "hidden_outside": hidden & ~inside,
-        }.items():
-            self.epoch[name] = self.epoch.get(name, 0) + int(flags.sum())
-        self.total["clamped_draws"] += int(step.drawn.clamped.sum())
-        self.total["empty_draws"] += int(step.drawn.empty.sum())
+        own = step.sample_ids, ~visible.flatten(1).cpu().numpy(), step.drawn
+        for sample_ids, hidden, drawn in ranks.gather(own):
+            self.recorder.record(sample_ids, step.epoch, 0, hidden)
+            inside = drawn.coverage >= INSIDE
+            for name, flags in {
+                "inside": inside,
+                "outside": ~inside,
+                "hidden_inside": hidden & inside,
+                "hidden_outside": hidden & ~inside,
+            }.items():
+                self.epoch[name] = self.epoch.get(name, 0) + int(flags.sum())
+            self.total["clamped_draws"] += int(drawn.clamped.sum())
+            self.total["empty_draws"] += int(drawn.empty.sum())
 
     def close_epoch(self) -> dict[str, float | None]:
         """Shares of the patches hidden in the epoch: inside regions, outside, of all; None where there are none."""

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from math import isqrt
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -13,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shared import ranks
 from shared.artifact import Artifact, Input, publish, write_atomic
 from shared.backbones import build, export_encoder
 from shared.config import dump_yaml, validate
 from shared.config import spec as config_spec
+from shared.cores import resolve_threads
 from shared.errors import ConfigError
 from shared.lease import Lease
 from shared.loop import VERSION as LOOP_VERSION
@@ -27,9 +28,9 @@ from shared.regions import RegionStore, open_region_store
 from shared.report import pretrain_report
 from shared.runlog import RunLog, read_metrics
 from shared.workspace import begin, set_aside
+from stage2_pretrain.checks import check_grid, check_ranks, check_strided
 from stage2_pretrain.config import PretrainConfig
 from stage2_pretrain.data import RegionDataset
-from stage2_pretrain.masking.coverage import cell_edges
 from stage2_pretrain.masking.spec import MaskSpec, mask_section, mask_spec
 from stage2_pretrain.methods import METHODS
 from stage2_pretrain.pictures import draw_examples, write_examples
@@ -44,6 +45,8 @@ def pretrain(
     config: PretrainConfig, *, images: Path, regions: str, out: Path, fresh: bool = False, command: str = ""
 ) -> Artifact:
     """Train an encoder to draw what a mask policy hides, and publish it.
+
+    Under ``torchrun`` every process calls this, and each trains on its share of every batch.
 
     Args:
         config: Settings.
@@ -64,22 +67,32 @@ def pretrain(
         NonFiniteError: The loss became NaN or infinite; names the samples.
         InterruptedRun: SIGTERM or SIGINT; the state is saved.
     """
-    store = open_region_store(regions)
-    config = resolve(config)
-    torch.set_num_threads(int(config.threads))
-    if fresh:
-        set_aside(out)
-    with Lease(out):
-        run = prepare(config, store, images, out)
-        inputs = [Input(role="regions", kind="region-store", artifact_id=store.card.artifact_id)]
-        _, card = begin(out, kind="encoder", inputs=inputs, spec=run.spec, resolved=dump_yaml(config), fresh=fresh)
-        if card is not None:
-            return Artifact(out, card)
-        with RunLog(out) as log:
-            outputs, metrics = _finish(run, *_train(run, log), log)
-        card = publish(
-            out, kind="encoder", inputs=inputs, spec=run.spec, outputs=outputs, command=command, metrics=metrics
-        )
+    with ranks.joined(config.device):
+        store = open_region_store(regions)
+        config = resolve(config)
+        torch.set_num_threads(ranks.threads(int(config.threads)))
+        if fresh:
+            ranks.from_first(lambda: set_aside(out))
+        with Lease(out) if ranks.rank() == 0 else nullcontext():
+            run = prepare(config, store, images, out)
+            inputs = (Input(role="regions", kind="region-store", artifact_id=store.card.artifact_id),)
+            told: dict[str, Any] = {"spec": run.spec, "resolved": dump_yaml(config), "fresh": fresh}
+            card = ranks.from_first(lambda: begin(out, kind="encoder", inputs=inputs, **told)[1])
+            if card is None:
+                with RunLog(out) if ranks.rank() == 0 else ranks.Unheard(out) as log:
+                    trained = _train(run, log)
+                    outputs, metrics = ranks.from_first(lambda: _finish(run, *trained, log))
+                card = ranks.from_first(
+                    lambda: publish(
+                        out,
+                        kind="encoder",
+                        inputs=inputs,
+                        spec=run.spec,
+                        outputs=outputs,
+                        command=command,
+                        metrics=metrics,
+                    )
+                )
     return Artifact(out, card)
 
 
@@ -90,7 +103,6 @@ def resolve(config: PretrainConfig) -> PretrainConfig:
         ConfigError: An unknown method, or settings that it does not take.
     """
     options = validate(METHODS.load(config.method["name"]).Options, config.method_options)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     update: dict[str, Any] = {"method": {"name": config.method["name"], **options.model_dump(mode="json")}}
     if config.impl == "auto":
         update["impl"] = "reference"
@@ -98,8 +110,9 @@ def resolve(config: PretrainConfig) -> PretrainConfig:
         update["device"] = "cuda" if torch.cuda.is_available() else "cpu"
     elif config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device: cuda, but this machine has no usable GPU", hint="device=auto takes what there is")
-    if config.threads == "auto":
-        update["threads"] = cores
+    update["threads"] = resolve_threads(config.threads)
+    if config.loader_workers == "auto":
+        update["loader_workers"] = 0
     return config.model_copy(update=update)
 
 
@@ -158,6 +171,7 @@ def prepare(config: PretrainConfig, store: RegionStore, images: Path, out: Path)
     backbone = build(
         config.backbone, in_chans=config.channels, output_stride=stride, model_args=options, seed=config.seed
     )
+    workers = int(config.loader_workers)
     part = METHODS.load(config.method["name"])
     method = part(validate(part.Options, config.method_options), backbone, size_px=config.size_px, seed=config.seed)
     dataset = RegionDataset(
@@ -167,7 +181,7 @@ def prepare(config: PretrainConfig, store: RegionStore, images: Path, out: Path)
         channels=config.channels,
         window=config.window,
         seed=config.seed,
-        memory_bytes=config.cache_mib << 20,
+        memory_bytes=(config.cache_mib << 20) // max(1, workers),
     )
     if len(dataset) < 2:
         raise ConfigError(f"region store: {len(dataset)} sample with maps; a batch needs 2 or more")
@@ -182,7 +196,10 @@ def prepare(config: PretrainConfig, store: RegionStore, images: Path, out: Path)
         coverage=config.coverage,
         window=config.window,
     )
-    _check_grid(method.grid, store, dataset, config.window.crop_scale[0])
+    check_grid(method.grid, store.grid, dataset.sizes_px, config.window)
+    if config.device == "cpu":
+        check_strided(backbone.model)
+    check_ranks(backbone.model, smallest_batch=len(dataset) // steps_per_epoch(len(dataset), config.batch_size))
     plain = config_spec(config)
     numeric = {"device": config.device, "dtype": "float32", "threads": config.threads}
     spec = {
@@ -192,7 +209,13 @@ def prepare(config: PretrainConfig, store: RegionStore, images: Path, out: Path)
         "loop_version": LOOP_VERSION,
         "numeric": numeric,
     }
-    steps = Steps(dataset, masks.sampler(store.regions, config.impl), batch_size=config.batch_size, seed=config.seed)
+    steps = Steps(
+        dataset,
+        masks.sampler(store.regions, config.impl),
+        batch_size=config.batch_size,
+        seed=config.seed,
+        workers=workers,
+    )
     return Run(config, dataset, method, masks, steps, spec, out)
 
 
@@ -203,14 +226,6 @@ _SHARES = {
 }
 _IN_MASKS = ("policy", "coverage", "window")
 """Settings that the card holds in its section ``mask``."""
-
-
-def _check_grid(grid: tuple[int, int], store: RegionStore, dataset: RegionDataset, smallest_milli: int) -> None:
-    """Every patch must cover a map pixel, in the smallest window too."""
-    for size in {tuple(size) for size in dataset.sizes_px.tolist()}:
-        for axis in (0, 1):
-            crop_px = max(1, isqrt(size[axis] ** 2 * smallest_milli // 1000))
-            cell_edges(0, crop_px, size[axis], store.grid[axis], grid[axis])
 
 
 def _train(run: Run, log: RunLog) -> tuple[Tally, Fitted]:
@@ -282,6 +297,7 @@ def _finish(run: Run, tally: Tally, fitted: Fitted, log: RunLog) -> tuple[dict[s
         "loss_first_epoch": fmean(losses[: run.steps_per_epoch]),
         "loss_last_epoch": fmean(losses[-run.steps_per_epoch :]),
         **{name: epochs[-1][name] for name in _SHARES},
+        "processes": fitted.processes,
     }
     if fitted.samples:
         metrics["images_per_s"] = fitted.samples / (fitted.busy_s + fitted.wait_s)

@@ -59,7 +59,9 @@ class FinetuneConfig(Strict):
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="Where to compute.")
     threads: int | Literal["auto"] = Field("auto", description="CPU threads; auto: the cores this process may use.")
     resamples: int = Field(2000, ge=100, le=100_000, description="Bootstrap resamples behind each interval.")
-    workers: int = runtime(0, "Loader processes; results do not depend on them.", ge=0, le=256)
+    loader_workers: int = runtime(
+        0, "Processes that load training images; 0: a thread. Results do not depend on them.", ge=0, le=256
+    )
     cache_mib: int = runtime(1024, "Memory for decoded images, in MiB; the rest is decoded every epoch.", ge=0)
     save_every_s: float = runtime(60.0, "Seconds between resumable states.", gt=0)
     save_every_steps: int | None = runtime(None, "Also save a state every so many steps.", ge=1)

@@ -6,9 +6,7 @@ on whether the run was interrupted.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isqrt
 from pathlib import Path
@@ -22,13 +20,13 @@ from shared.artifact import file_sha256
 from shared.config import digest
 from shared.errors import CorruptError, DecodeError, InputMissingError
 from shared.images import Source, read_image
+from shared.loader import load_ahead
 from shared.rng import below, uniform_u32
 from stage3_finetune.config import AugmentConfig
 from stage3_finetune.labels import Example
 
 WORKING_SIDES = 2
 """A working copy's longer side is at most this many times ``size_px``: enough for any crop, bounded in memory."""
-_AHEAD = 2
 
 
 @dataclass(frozen=True)
@@ -124,30 +122,25 @@ class Part:
             pixels = augment_image(pixels, self._augment, words)
         return _resize(pixels, (self._size_px, self._size_px))
 
-    def batches(self, order: Iterable[tuple[int, list[int]]], *, workers: int = 0) -> Iterator[Batch]:
-        """Hand out batches; with workers, threads prepare the next two meanwhile.
+    def batches(self, order: Iterable[tuple[int, list[int]]], *, workers: int = 0) -> Generator[Batch, None, None]:
+        """Hand out batches, made ahead of the caller.
 
         Args:
             order: Epoch and indices of each batch; may be endless.
-            workers: Threads; 0 works inline.
-        """
-        if workers == 0:
-            for epoch, indices in order:
-                yield self._collate([self.item(index, epoch) for index in indices], indices)
-            return
-        ahead: deque[tuple[list[int], list[Future[torch.Tensor]]]] = deque()
-        with ThreadPoolExecutor(workers) as pool:
-            for epoch, indices in order:
-                ahead.append((indices, [pool.submit(self.item, index, epoch) for index in indices]))
-                if len(ahead) > _AHEAD:
-                    ready, images = ahead.popleft()
-                    yield self._collate([image.result() for image in images], ready)
-            for ready, images in ahead:
-                yield self._collate([image.result() for image in images], ready)
+            workers: Loader processes; 0: a thread of this one.
 
-    def _collate(self, images: Sequence[torch.Tensor], indices: list[int]) -> Batch:
+        Raises:
+            DecodeError, CorruptError: As `item`.
+            LoaderDiedError: A loader process was killed.
+        """
+        return load_ahead(self.make, order, workers=workers)
+
+    def make(self, task: tuple[int, list[int]]) -> Batch:
+        """Load a batch given as ``(epoch, indices)``."""
+        epoch, indices = task
+        images = [self.item(index, epoch) for index in indices]
         sample_ids = tuple(self.examples[index].sample_id for index in indices)
-        return Batch(torch.stack(list(images)), torch.from_numpy(self.labels[indices]), sample_ids)
+        return Batch(torch.stack(images), torch.from_numpy(self.labels[indices]), sample_ids)
 
     def _working_copy(self, index: int) -> Float32[np.ndarray, "C h w"]:
         if index in self._cache:

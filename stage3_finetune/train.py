@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from shared import ranks
 from shared.artifact import Artifact, Input, publish
 from shared.config import dump_yaml, validate
 from shared.config import spec as config_spec
+from shared.cores import resolve_threads
 from shared.errors import ConfigError
 from shared.images import Source, find_sources
 from shared.lease import Lease
@@ -72,7 +74,7 @@ class Run:
         mode = model.training
         model.eval()
         order = plain_order(len(part), self.config.batch_size)
-        rows = [self.task.predict(batch) for batch in part.batches(order, workers=self.config.workers)]
+        rows = [self.task.predict(batch) for batch in part.batches(order)]
         model.train(mode)
         return Predictions(part.examples, self.labels.classes, np.concatenate(rows))
 
@@ -139,6 +141,7 @@ def finetune(
         CorruptError: The encoder, an image or the saved state is not what it was.
         InterruptedRun: SIGTERM or SIGINT; the state is saved.
     """
+    ranks.refuse("finetune")
     ready = prepare(config, images=images, labels=labels, encoder=encoder)
     config, table, start = ready.config, ready.labels, ready.start
     if fresh:
@@ -219,7 +222,6 @@ def _resolve(config: FinetuneConfig, start: Start, options: dict[str, Any]) -> F
         device = "cuda" if torch.cuda.is_available() else "cpu"
     elif device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device: cuda, but this machine has no usable GPU", hint="device=auto takes what there is")
-    threads = config.threads if config.threads != "auto" else _cores()
     return config.model_copy(
         update={
             "options": options,
@@ -227,13 +229,9 @@ def _resolve(config: FinetuneConfig, start: Start, options: dict[str, Any]) -> F
             "backbone_options": start.model_args,
             "channels": start.backbone.in_chans,
             "device": device,
-            "threads": threads,
+            "threads": resolve_threads(config.threads),
         }
     )
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _train(run: Run) -> BestOnVal | None:
@@ -246,8 +244,9 @@ def _train(run: Run) -> BestOnVal | None:
 
     def batches(begun: int) -> Iterator[tuple[Batch, tuple[str, ...]]]:
         order = schedule(ids, config.batch_size, config.seed, begun)
-        for batch in part.batches(order, workers=config.workers):
-            yield batch, batch.sample_ids
+        with closing(part.batches(order, workers=config.loader_workers)) as made:
+            for batch in made:
+                yield batch, batch.sample_ids
 
     fit(
         model,

@@ -7,7 +7,7 @@ the grid are cut from that, and the pooled cells are flipped and turned as the i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Int32, Int64, Integer, Shaped, UInt8
@@ -101,13 +101,18 @@ def cell_edges(start: int, length: int, image_px: int, map_px: int, cells: int) 
     >>> cell_edges(0, 512, 512, 256, 3).tolist()
     [0, 85, 171, 256]
     """
-    first, last = ((2 * edge * map_px + image_px) // (2 * image_px) for edge in (start, start + length))
+    first, last = (map_edge(edge, image_px, map_px) for edge in (start, start + length))
     if last - first < cells:
         raise ConfigError(
             f"grid: {cells} patches along {last - first} pixels of the region map; a patch needs one or more",
             hint="use a coarser grid, a larger crop_scale, or a store with larger maps",
         )
     return first + (np.arange(cells + 1) * (last - first) + cells // 2) // cells
+
+
+def map_edge(image_edge: Any, image_px: int, map_px: int) -> Any:
+    """Map pixel at which an image pixel begins, ``(2 * a * S + n) // (2 * n)``; a number or an array of them."""
+    return (2 * image_edge * map_px + image_px) // (2 * image_px)
 
 
 def orient(grid: Shaped[np.ndarray, "*B H W"], flip: int, turns: int) -> Shaped[np.ndarray, "*B h w"]:

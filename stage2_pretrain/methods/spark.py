@@ -15,10 +15,12 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from shared import ranks
 from shared.backbones import Backbone
 from shared.config import Strict
 from shared.errors import ConfigError, UsageError
 from shared.rng import seed_key
+from stage2_pretrain.methods.norm import BatchNorm2d
 from stage2_pretrain.methods.sparse import Sites, batch_norm, check_sparse, sparse
 
 _EPS = 1e-6
@@ -82,6 +84,8 @@ class SparK(nn.Module):
     def loss(self, image: Float[Tensor, "B C S S"], visible: Bool[Tensor, "B gh gw"]) -> dict[str, Tensor]:
         """Mean squared error of the hidden patches, each normalised by its own mean and variance.
 
+        Of several processes, each gives its part: their sum is the mean over the hidden patches of all.
+
         Args:
             image: Pixels; those of hidden patches reach the target only.
             visible: True where the encoder sees the patch.
@@ -90,11 +94,14 @@ class SparK(nn.Module):
             UsageError: A batch without a hidden, or without a visible patch.
         """
         hidden = ~visible.flatten()
-        if not bool(hidden.any()):
+        count = ranks.total(int(hidden.sum()))
+        if not count:
             raise UsageError("no patch of this batch is hidden: nothing to learn", hint="hide more")
         predicted = patches(self(image, visible), self.patch_px).flatten(0, 1)[hidden]
-        target, _, _ = normalise(patches(image, self.patch_px).flatten(0, 1)[hidden])
-        return {"loss": F.mse_loss(predicted, target)}
+        target = normalise(patches(image, self.patch_px).flatten(0, 1))[0][hidden]
+        if ranks.size() == 1:
+            return {"loss": F.mse_loss(predicted, target)}
+        return {"loss": F.mse_loss(predicted, target, reduction="sum") / (count * target.shape[1])}
 
     def forward(self, image: Float[Tensor, "B C S S"], visible: Bool[Tensor, "B gh gw"]) -> Float[Tensor, "B C S S"]:
         """Draw every pixel, in units of its patch's own mean and deviation."""
@@ -157,10 +164,10 @@ class _UpBlock(nn.Module):
         self.up = nn.ConvTranspose2d(before, before, 4, stride=2, padding=1)
         self.convs = nn.Sequential(
             nn.Conv2d(before, before, 3, padding=1, bias=False),
-            nn.BatchNorm2d(before),
+            BatchNorm2d(before),
             nn.ReLU6(inplace=True),
             nn.Conv2d(before, after, 3, padding=1, bias=False),
-            nn.BatchNorm2d(after),
+            BatchNorm2d(after),
         )
 
     def forward(self, feature: Float[Tensor, "B D h w"]) -> Float[Tensor, "B E h2 w2"]:

@@ -23,7 +23,9 @@ from timm.models.convnext import ConvNeXt, ConvNeXtBlock, ConvNeXtStage
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
+from shared import ranks
 from shared.errors import ConfigError, UsageError
+from stage2_pretrain.methods.norm import normalise_rows
 
 _CONTAINERS = (ResNet, BasicBlock, Bottleneck, ConvNeXt, ConvNeXtStage, ConvNeXtBlock, Mlp, nn.Sequential)
 _POINTWISE = (nn.Identity, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.GELU, GELU, nn.SiLU, nn.Dropout, DropPath)
@@ -39,13 +41,14 @@ class Sites:
         visible: True where the encoder sees the patch.
 
     Raises:
-        UsageError: A batch without a visible patch.
+        UsageError: A batch without a visible patch in any process.
     """
 
     def __init__(self, visible: Bool[Tensor, "B gh gw"]) -> None:
-        if not bool(visible.any()):
-            raise UsageError("no patch of this batch is visible", hint="hide less, or use a finer grid")
         self.visible = visible
+        self._count = ranks.total(int(visible.sum()))
+        if not self._count:
+            raise UsageError("no patch of this batch is visible", hint="hide less, or use a finer grid")
         self._active: dict[tuple[int, int], Bool[Tensor, "B 1 h w"]] = {}
         self._index: dict[tuple[int, int], Int64[Tensor, "n"]] = {}
 
@@ -64,6 +67,10 @@ class Sites:
         if key not in self._index:
             self._index[key] = self.active(height, width).flatten().nonzero().squeeze(1)
         return self._index[key]
+
+    def count(self, height: int, width: int) -> int:
+        """Active sites of the batch, in all processes."""
+        return self._count * (height // self.visible.shape[1]) * (width // self.visible.shape[2])
 
     def multiply(self, feature: Float[Tensor, "B C h w"]) -> Float[Tensor, "B C h w"]:
         """Zero at hidden sites."""
@@ -112,14 +119,17 @@ def batch_norm(norm: nn.Module, feature: Float[Tensor, "B C h w"], sites: Sites)
     """
     batch, channels, height, width = feature.shape
     index = sites.index(height, width)
-    if norm.training and len(index) < 2:
+    if norm.training and sites.count(height, width) < 2:
         raise UsageError(
             f"a {height}x{width} feature has 1 visible site in the batch: no variance", hint="larger batch"
         )
     rows: Tensor = _Gather.apply(feature.permute(0, 2, 3, 1).reshape(-1, channels), index)
-    # [1, C, n, 1] with channels last: the layout that torch's kernel for images is fast on.
-    image = rows.view(1, len(index), 1, channels).permute(0, 3, 1, 2)
-    rows = type(norm).forward(norm, image).permute(0, 2, 3, 1).reshape(len(index), channels)
+    if isinstance(norm, nn.BatchNorm2d) and norm.training and ranks.size() > 1:
+        rows = normalise_rows(norm, rows)
+    else:
+        # [1, C, n, 1] with channels last: the layout that torch's kernel for images is fast on.
+        image = rows.view(1, len(index), 1, channels).permute(0, 3, 1, 2)
+        rows = type(norm).forward(norm, image).permute(0, 2, 3, 1).reshape(len(index), channels)
     spread: Tensor = _Scatter.apply(rows, index, batch * height * width)
     return spread.view(batch, height, width, channels).permute(0, 3, 1, 2)
 

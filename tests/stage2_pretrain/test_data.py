@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader
 
 from shared.errors import InputMissingError, UsageError
 from shared.rng import sample_key
@@ -36,7 +35,7 @@ def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
 def test_an_item_is_what_it_says(images: Path) -> None:
     dataset = build(images)
-    item = dataset[2]
+    item = dataset.item(2, 0)
     assert item["image"].shape == (1, 32, 32)
     assert item["image"].dtype == torch.float32
     assert 0 <= item["image"].min() < item["image"].max() <= 1
@@ -48,13 +47,11 @@ def test_an_item_is_what_it_says(images: Path) -> None:
 
 @pytest.mark.parametrize("memory_bytes", [0, 30_000, 1 << 30])
 def test_what_is_kept_in_memory_changes_nothing(images: Path, memory_bytes: int) -> None:
-    kept, fresh = build(images, memory_bytes=memory_bytes), build(images)
+    kept = build(images, memory_bytes=memory_bytes)
     for epoch in (0, 1, 0):
-        kept.set_epoch(epoch)
         fresh = build(images)
-        fresh.set_epoch(epoch)
         for index in (5, 0, 3):
-            assert same(kept[index], fresh[index])
+            assert same(kept.item(index, epoch), fresh.item(index, epoch))
 
 
 def test_an_epoch_after_the_first_decodes_nothing(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,16 +70,6 @@ def test_items_depend_on_seed_sample_and_epoch_only(images: Path) -> None:
         assert torch.equal(whole[key][[4, 1]], part[key]), key
     assert not torch.equal(dataset.batch([4, 1], 5)["window"], part["window"])
     assert not torch.equal(build(images, seed=4).batch([4, 1], 4)["window"], part["window"])
-
-
-@pytest.mark.slow
-def test_loading_processes_see_the_epoch_and_change_nothing(images: Path) -> None:
-    dataset = build(images)
-    loader = DataLoader(dataset, batch_size=3, num_workers=2, persistent_workers=True, multiprocessing_context="spawn")
-    for epoch in (0, 1):
-        dataset.set_epoch(epoch)
-        for number, batch in enumerate(loader):
-            assert same(batch, build(images).batch(range(3 * number, 3 * number + 3), epoch))
 
 
 def test_absent_and_unknown_samples_are_left_out_and_counted(images: Path) -> None:
@@ -127,7 +114,7 @@ def test_a_changed_file_is_exit_4(images: Path, damage: str) -> None:
     else:
         path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(SourceChangedError, match=r"003\.png") as caught:
-        dataset[3]
+        dataset.item(3, 0)
     assert caught.value.exit_code == 4
     assert caught.value.kind == "source-changed"
 

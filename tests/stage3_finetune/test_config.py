@@ -36,9 +36,9 @@ def test_settings_that_contradict_each_other_are_refused(changes: dict[str, obje
 
 def test_runtime_fields_stay_out_of_the_specification() -> None:
     plain = spec(FinetuneConfig())
-    assert spec(FinetuneConfig(workers=3, cache_mib=0, save_every_s=1.0)) == plain
+    assert spec(FinetuneConfig(loader_workers=3, cache_mib=0, save_every_s=1.0)) == plain
     assert spec(FinetuneConfig(seed=1)) != plain
-    assert not {"workers", "cache_mib", "save_every_s", "save_every_steps"} & set(plain)
+    assert not {"loader_workers", "cache_mib", "save_every_s", "save_every_steps"} & set(plain)
 
 
 def test_every_field_is_described_and_importing_loads_no_torch() -> None:

@@ -113,7 +113,7 @@ def test_an_encoder_changes_the_start_and_freezing_keeps_it(run, encoder) -> Non
 
 def test_ids_depend_on_what_matters_only(run, table, tmp_path) -> None:
     expected = run(out="a").card.artifact_id
-    assert run(out="b", workers=2, cache_mib=0, save_every_s=0.001).card.artifact_id == expected
+    assert run(out="b", loader_workers=1, cache_mib=0, save_every_s=0.001).card.artifact_id == expected
     assert run(out="c", labels=table(rows()[::-1])).card.artifact_id == expected
     assert run(out="d", seed=1).card.artifact_id != expected
     assert run(out="e", labels=table(rows()[1:])).card.artifact_id != expected

@@ -1,0 +1,31 @@
+"""How many CPU threads a run may use."""
+
+from __future__ import annotations
+
+import os
+from typing import Literal
+
+from shared.errors import ConfigError
+
+_PER_CORE = 4
+_ALWAYS = 64
+"""A number of threads is part of a run's specification: one made on a larger machine must run on a smaller."""
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def resolve_threads(threads: int | Literal["auto"]) -> int:
+    """The number of threads that a setting means on this machine: ``auto`` is a thread a core.
+
+    Raises:
+        ConfigError: More than 64 and than four a core; torch crashes on a number of threads it can't start.
+    """
+    most = max(_ALWAYS, _PER_CORE * cores())
+    if threads == "auto":
+        return cores()
+    if not 1 <= threads <= most:
+        raise ConfigError(f"threads: {threads}, expected 1 to {most} on this machine of {cores()} cores, or auto")
+    return threads
