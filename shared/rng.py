@@ -26,7 +26,7 @@ _LOW = np.uint64(0xFFFFFFFF)
 _HALF = np.uint64(32)
 _MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
 _WEYL = (0x9E3779B9, 0xBB67AE85)
-_ROUNDS = 10
+ROUNDS = 10
 
 
 def philox4x32(counter: Shaped[np.ndarray, "*B 4"], key: tuple[int, int]) -> UInt32[np.ndarray, "*B 4"]:
@@ -44,13 +44,17 @@ def philox4x32(counter: Shaped[np.ndarray, "*B 4"], key: tuple[int, int]) -> UIn
     """
     # 32-bit words in 64-bit lanes, so that a product is whole.
     word0, word1, word2, word3 = np.moveaxis(np.asarray(counter).astype(np.uint64), -1, 0)
-    key0, key1 = key
-    for _ in range(_ROUNDS):
+    for key0, key1 in round_keys(key[0] | key[1] << 32):
         product0, product1 = word0 * _MULTIPLIERS[0], word2 * _MULTIPLIERS[1]
         word0, word2 = (product1 >> _HALF) ^ word1 ^ np.uint64(key0), (product0 >> _HALF) ^ word3 ^ np.uint64(key1)
         word1, word3 = product1 & _LOW, product0 & _LOW
-        key0, key1 = (key0 + _WEYL[0]) & 0xFFFFFFFF, (key1 + _WEYL[1]) & 0xFFFFFFFF
     return np.stack([word0, word1, word2, word3], axis=-1).astype(np.uint32)
+
+
+def round_keys(key: int) -> list[tuple[int, int]]:
+    """The two 32-bit words that each round of Philox mixes in, from a 64-bit key (low word first)."""
+    low, high = key & 0xFFFFFFFF, key >> 32
+    return [((low + r * _WEYL[0]) & 0xFFFFFFFF, (high + r * _WEYL[1]) & 0xFFFFFFFF) for r in range(ROUNDS)]
 
 
 def seed_key(purpose: str, seed: int) -> int:

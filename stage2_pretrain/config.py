@@ -48,8 +48,8 @@ class PretrainConfig(Strict):
     weight_decay: float = Field(0.05, ge=0, le=1, description="AdamW weight decay; norms, biases and tokens have none.")
     clip_norm: float = Field(5.0, gt=0, description="Gradient norm above which gradients are scaled down.")
     seed: int = Field(0, ge=0, lt=1 << 64, description="Seed of masks, windows, order and initial weights.")
-    impl: Literal["auto", "reference"] = Field(
-        "auto", description="Backend of the mask sampler; all give the same bits."
+    impl: str = Field(
+        "auto", description="Backend of the mask sampler: auto, cpu or reference; all give the same bits. auto: cpu."
     )
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="Where to compute.")
     threads: int | Literal["auto"] = Field("auto", description="CPU threads; auto: the cores this process may use.")

@@ -105,7 +105,7 @@ def resolve(config: PretrainConfig) -> PretrainConfig:
     options = validate(METHODS.load(config.method["name"]).Options, config.method_options)
     update: dict[str, Any] = {"method": {"name": config.method["name"], **options.model_dump(mode="json")}}
     if config.impl == "auto":
-        update["impl"] = "reference"
+        update["impl"] = "cpu"
     if config.device == "auto":
         update["device"] = "cuda" if torch.cuda.is_available() else "cpu"
     elif config.device == "cuda" and not torch.cuda.is_available():

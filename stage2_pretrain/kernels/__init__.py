@@ -2,4 +2,10 @@
 
 from shared.registry import Registry
 
-IMPLS = Registry("impl", {"reference": "stage2_pretrain.kernels.reference:draw_hidden"})
+IMPLS = Registry(
+    "impl",
+    {
+        "cpu": "stage2_pretrain.kernels.cpu:draw_hidden",
+        "reference": "stage2_pretrain.kernels.reference:draw_hidden",
+    },
+)

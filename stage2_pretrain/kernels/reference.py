@@ -17,7 +17,7 @@ WEIGHT_MAX = 1 << 24
 """Weights up to here are exact in float32."""
 
 # log2(1 + t) = t + t (1 - t) P(t), P of degree 5 with alternating signs, Q32; published, so never refitted.
-_P = (1901337675, 1195032239, 845921995, 568016905, 279065107, 66489286)
+LOG2 = (1901337675, 1195032239, 845921995, 568016905, 279065107, 66489286)
 
 
 def draw_hidden(
@@ -95,8 +95,8 @@ def exponential_q26(words: UInt32[np.ndarray, "*B"]) -> Int32[np.ndarray, "*B"]:
     bits = odd.astype(np.float32).view(np.uint32)  # exact: 24 bits; the exponent counts the leading zeros
     exponent = np.uint32(151) - (bits >> np.uint32(23))
     t = (bits & np.uint32(0x7FFFFF)) << np.uint32(9)
-    polynomial = np.full_like(t, _P[5])
-    for constant in _P[4::-1]:
+    polynomial = np.full_like(t, LOG2[5])
+    for constant in LOG2[4::-1]:
         polynomial = np.uint32(constant) - _product_high(t, polynomial)
     logarithm = t + _product_high(_product_high(t, ~t), polynomial)
     exact = (exponent << np.uint32(26)) - (logarithm >> np.uint32(6))

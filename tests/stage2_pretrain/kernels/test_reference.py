@@ -146,9 +146,11 @@ def test_exponential_is_the_logarithm_and_never_zero() -> None:
     assert np.array_equal(exponential_q26(words | np.uint32(511)), got)
 
 
-def draw_equal(level: np.ndarray, num_hidden: list[int], names: list[str], **changes: Any) -> np.ndarray:
+def draw_equal(
+    level: np.ndarray, num_hidden: list[int], names: list[str], impl: str = "reference", **changes: Any
+) -> np.ndarray:
     names_of = {"seed_key": seed_key("mask", 0), "epoch": 0, "view": 0, **changes}
-    return draw_hidden(
+    hidden: np.ndarray = IMPLS.load(impl)(
         np.tile(level, (len(names), 1)),
         changes.pop("stratum_of", ONE_STRATUM),
         changes.pop("weight_of", ONES),
@@ -156,6 +158,7 @@ def draw_equal(level: np.ndarray, num_hidden: list[int], names: list[str], **cha
         sample_keys(names),
         **{key: names_of[key] for key in ("seed_key", "epoch", "view")},
     )
+    return hidden
 
 
 def test_ties_go_to_the_lower_patch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,21 +261,25 @@ def test_largest_grid() -> None:
         draw_equal(np.zeros(65536, np.uint8), [1], ["a"])
 
 
+@pytest.mark.parametrize("impl", list(IMPLS))
 @pytest.mark.parametrize(
     ("num_hidden", "changes", "match"),
     [
         ([10], {}, "counts"),
         ([-1], {}, "counts"),
         ([1], {"stratum_of": np.ones(256, np.uint8)}, "counts"),
+        ([0], {"stratum_of": np.ones(256, np.uint8)}, "counts"),
         ([1], {"weight_of": np.zeros(256, np.int32)}, "weights"),
         ([1], {"weight_of": np.full(256, (1 << 24) + 1, np.int32)}, "weights"),
         ([1], {"epoch": 1 << 24}, "epoch"),
         ([1], {"view": 256}, "view"),
     ],
 )
-def test_arguments_out_of_range_are_refused(num_hidden: list[int], changes: dict[str, Any], match: str) -> None:
+def test_arguments_out_of_range_are_refused(
+    num_hidden: list[int], changes: dict[str, Any], match: str, impl: str
+) -> None:
     with pytest.raises(UsageError, match=match):
-        draw_equal(np.zeros(9, np.uint8), num_hidden, ["a"], **changes)
+        draw_equal(np.zeros(9, np.uint8), num_hidden, ["a"], impl=impl, **changes)
 
 
 def test_slow_keys_are_the_keys() -> None:
