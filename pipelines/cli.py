@@ -41,10 +41,28 @@ app.command("list")(tool_commands.list_)
 app.command()(tool_commands.doctor)
 
 
+_USERS_PATHS = (
+    errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG,
+    errno.ELOOP,
+)  # fmt: skip
+"""Faults of the paths given, not of mwm."""
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit; every user error is one line and a hint."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    sys.exit(_run(lambda: app(arguments, standalone_mode=False), "-v" in arguments, "-q" in arguments))
+    sys.exit(_run(lambda: _start(arguments), "-v" in arguments, "-q" in arguments))
+
+
+def _start(arguments: list[str]) -> Any:
+    if "" in arguments:  # as a path it would be the folder one stands in
+        before = arguments[arguments.index("") - 1] if arguments.index("") else ""
+        raise UsageError(
+            f"{before or 'an argument'}: given, but empty", hint="a variable of the shell that is not set?"
+        )
+    result = app(arguments, standalone_mode=False)
+    sys.stdout.flush()  # a reader that has left is noticed here, not while Python shuts down
+    return result
 
 
 def _run(command: Callable[[], Any], verbose: bool, quiet: bool) -> int:
@@ -59,19 +77,25 @@ def _run(command: Callable[[], Any], verbose: bool, quiet: bool) -> int:
     except (KeyboardInterrupt, typer.Abort):
         typer.echo("interrupted; the same command continues from the last saved state", err=True)
         return 75
+    except SystemExit as left:  # click's own way with a reader that has left is an exit code of 1
+        return 0 if isinstance(left.__context__, BrokenPipeError) else int(left.code or 0)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
         if error.errno == errno.ENOSPC:
             return _report(DiskFullError("the disk is full", hint="make room; the same command continues"), verbose)
-        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.EACCES, errno.EROFS):
-            return _report(UsageError(f"{error.filename}: {error.strerror}", hint="check the paths given"), verbose)
+        if error.errno in _USERS_PATHS:
+            name = str(error.filename)
+            shown = name if len(name) <= 200 else f"{name[:60]}...{name[-20:]} ({len(name)} characters)"
+            return _report(UsageError(f"{shown}: {error.strerror}", hint="check the paths given"), verbose)
         return _bug(error, verbose)
     except Exception as error:
         # Typer's own usage errors have no public base class; this method is what they share.
         if hasattr(error, "format_message"):
-            return _report(UsageError(error.format_message(), hint="mwm COMMAND --help"), verbose)
+            context = getattr(error, "ctx", None)
+            word = f"{context.info_name} " if context is not None and context.parent is not None else ""
+            return _report(UsageError(error.format_message(), hint=f"mwm {word}--help"), verbose)
         return _bug(error, verbose)
 
 

@@ -17,6 +17,7 @@ from pipelines.options import (
     Recipe,
     Set,
     Verbose,
+    check_artifact,
     command_told,
     print_json,
     read_config,
@@ -68,6 +69,7 @@ def pretrain(
     from stage2_pretrain.config import PretrainConfig
 
     config = read_config(PretrainConfig, recipe, "pretrain", set_)
+    check_artifact(regions, "region-store")
     if dry_run:
         from pipelines.dry_run import tell
         from shared.regions import open_region_store
@@ -100,6 +102,8 @@ def finetune(
     from stage3_finetune.config import FinetuneConfig
 
     config = read_config(FinetuneConfig, recipe, "finetune", set_)
+    if encoder is not None:
+        check_artifact(encoder, "encoder")
     if dry_run:
         from pipelines.dry_run import tell
         from stage3_finetune.rehearse import rehearse
@@ -134,6 +138,7 @@ def run_(
         from pipelines.dry_run import rehearse_chain, tell
 
         return tell(config, rehearse_chain(config, out=out, images=images, labels=labels, fresh=fresh), as_json)
+    _published(out, fresh)
     summary = run_chain(config, out=out, images=images, labels=labels, fresh=fresh, command=command_told())
     if as_json:
         print_json(summary.as_dict())
@@ -143,7 +148,12 @@ def run_(
 
 
 def _published(out: Path, fresh: bool) -> bool:
-    return not fresh and (out / "artifact.json").is_file()
+    from shared.workspace import refuse_unwritable
+
+    done = not fresh and (out / "artifact.json").is_file()
+    if not done:
+        refuse_unwritable(out)
+    return done
 
 
 def _close(path: Path, card: Any, done: bool, as_json: bool, following: str) -> None:

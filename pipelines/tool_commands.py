@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pipelines.options import AsJson, Quiet, Verbose, command_told, print_json
+from pipelines.options import AsJson, Quiet, Verbose, command_told, print_json, refuse_file
 
 
 def audit(
@@ -22,6 +22,7 @@ def audit(
     """Check that artifacts are what was published, and redraw every witnessed mask."""
     from pipelines.audit import audit as run
 
+    refuse_file(path)
     result = run(path, level=level, regions=regions, out=out, command=command_told())
     if as_json:
         print_json(result.as_dict())
@@ -48,6 +49,7 @@ def inspect(
     from shared.errors import DriftError, UsageError
 
     same = True
+    refuse_file(path)
     if sample is None:
         if any(value is not None for value in (epoch, view, images, regions, out)):
             raise UsageError("--epoch, --view, --images, --regions and --out need --sample")

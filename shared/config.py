@@ -59,7 +59,16 @@ def validate(model: type[ConfigT], data: Mapping[str, Any]) -> ConfigT:
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        raise ConfigError("; ".join(_explain(model, problem) for problem in error.errors())) from None
+        problems = error.errors()
+        missing = next(
+            (".".join(map(str, problem["loc"])) for problem in problems if problem["type"] == "missing"), None
+        )
+        hint = (
+            f"write it into the recipe, or --set {missing}=... (a section: --set {missing}.NAME=...)"
+            if missing
+            else None
+        )
+        raise ConfigError("; ".join(_explain(model, problem) for problem in problems), hint=hint) from None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -72,12 +81,37 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputMissingError(f"recipe {path}: no such file", hint="'mwm list recipes' shows the built-in ones")
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"recipe {path}: not YAML: {str(error).splitlines()[0]}") from None
+        text = path.read_text(encoding="utf-8")
+        data = yaml.load(text, Loader=_StrictLoader)
+    except UnicodeDecodeError:
+        raise ConfigError(f"recipe {path}: not text in UTF-8") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark is not None else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        hint = (
+            "one 'key: value' a line, those of a section indented alike, by spaces; quote text that holds ': ' or '#'"
+        )
+        raise ConfigError(f"recipe {path}{where}: not YAML: {problem}", hint=hint) from None
     if not isinstance(data, dict):
-        raise ConfigError(f"recipe {path}: expected a mapping, found {type(data).__name__}")
+        found = "nothing" if data is None else f"a {type(data).__name__}"
+        raise ConfigError(
+            f"recipe {path}: expected sections with settings, found {found}", hint="'mwm init' writes a recipe"
+        )
     return data
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Refuses a key given twice, of which YAML would silently take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key, _ in node.value:
+            name = key.value if isinstance(key, yaml.ScalarNode) else None
+            if name is not None and name in seen:
+                raise yaml.MarkedYAMLError(problem=f"'{name}' is given twice", problem_mark=key.start_mark)
+            seen.add(name)
+        return super().construct_mapping(node, deep)
 
 
 def apply_override(data: dict[str, Any], override: str) -> None:
@@ -98,7 +132,10 @@ def apply_override(data: dict[str, Any], override: str) -> None:
     for key in keys[:-1]:
         child = node.setdefault(key, {})
         if not isinstance(child, dict):
-            raise ConfigError(f"--set '{override}': '{key}' is a value, not a section")
+            raise ConfigError(
+                f"--set '{override}': '{key}' is a value, not a section",
+                hint=f"if it is a name, write it out first: --set '{key}={{name: {child}}}'",
+            )
         node = child
     node[keys[-1]] = value
 
@@ -154,8 +191,13 @@ def _explain(model: type[BaseModel], problem: Any) -> str:
         )
     if problem["type"] == "missing":
         return f"{where}: required, not given"
-    found = repr(problem.get("input"))
-    message = problem["msg"].removeprefix("Value error, ")
+    value = problem.get("input")
+    message = (
+        problem["msg"].removeprefix("Value error, ").replace("Input should be", "expected").split(", unable to")[0]
+    )
+    if isinstance(value, dict) and problem["type"] == "value_error":  # settings that clash: the message names them
+        return f"{where}: {message}" if problem["loc"] else message
+    found = "nothing" if value is None else repr(value)
     return f"{where}: {message} (found {found if len(found) <= 60 else found[:57] + '...'})"
 
 
