@@ -1,7 +1,12 @@
 """`audit`: are artifacts what was published, and does every witnessed mask draw again to the bit?
 
-Levels: ``integrity`` (cards, ids, files, Merkle roots; needs no model) and ``masks`` (integrity, and every
-witness of an encoder redrawn from its region store and card). ``all`` is everything this release can do.
+Levels: ``integrity`` (cards, ids, files, Merkle roots, and a model's scores from its predictions; runs no model)
+and ``masks`` (integrity, and every witness of an encoder redrawn from its region store and card). ``all`` is
+everything this release can do.
+
+Verdicts: ``corrupt`` and ``missing`` are about bytes (exit 4); ``drift`` is a number or a mask that, computed again
+from sound bytes, differs from the record (exit 3); ``unrecomputable`` is what this release cannot judge (exit 5 only
+where that is all there is).
 """
 
 from __future__ import annotations
@@ -13,13 +18,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from shared.artifact import CARD, Card, Finding, Input, publish, read_card, verify
+from shared.artifact import CARD, Card, Finding, Input, file_sha256, publish, read_card, verify
 from shared.config import digest
+from shared.corpus import SAMPLES
 from shared.errors import CorruptError, IncompatibleError, InputMissingError, UsageError
 from shared.lease import Lease
 from shared.workspace import SPEC, begin
 
 Verdict = Literal["identical", "drift", "missing", "corrupt", "unrecomputable"]
+RESOLVED = "resolved.yaml"
 LEVELS = ("integrity", "masks", "all")
 
 
@@ -88,7 +95,7 @@ def audit(
     """
     if level not in LEVELS:
         raise UsageError(f"--level {level}: unknown", hint=f"known: {', '.join(LEVELS)}")
-    folders = _artifacts_below(path)
+    folders = _artifacts_below(path, out)
     cards: dict[Path, Card] = {}
     rows: list[Row] = []
     for folder in folders:
@@ -97,6 +104,9 @@ def audit(
     if level in ("masks", "all"):
         stores = {card.artifact_id: folder for folder, card in cards.items() if card.identity.kind == "region-store"}
         if regions is not None:
+            if regions.resolve() not in {folder.resolve() for folder in stores.values()}:
+                read_card(regions, "region-store")
+                rows.extend(_integrity(regions, regions.name, {}))  # masks drawn from a damaged store prove nothing
             stores[read_card(regions, "region-store").artifact_id] = regions
         for folder, card in cards.items():
             if card.identity.kind == "encoder":
@@ -107,26 +117,19 @@ def audit(
     return result
 
 
-def _artifacts_below(path: Path) -> list[Path]:
+def _artifacts_below(path: Path, out: Path | None) -> list[Path]:
     if not path.is_dir():
         raise InputMissingError(f"{path}: no such folder")
-    if (path / SPEC).is_file():
-        read_card(path)  # a run without its card is no folder of artifacts: say so
     if (path / CARD).is_file():
         return [path, *(card.parent for card in sorted(path.glob(f"*/{CARD}")))]
+    if (path / SPEC).is_file() or (path / RESOLVED).is_file():
+        read_card(path)  # a run without its card is no folder of artifacts: say so
     found = [card.parent for card in sorted(path.rglob(CARD)) if "run" not in card.relative_to(path).parts[:-1]]
-    # An audit does not audit itself: it would never be the same twice.
-    found = [folder for folder in found if not _is_audit_report(folder)]
+    # An audit does not audit its own report: it would never be the same twice.
+    found = [folder for folder in found if out is None or folder.resolve() != out.resolve()]
     if not found:
         read_card(path)  # says whether it is unpublished or under a live lease
     return found
-
-
-def _is_audit_report(folder: Path) -> bool:
-    try:
-        return read_card(folder).identity.kind == "audit-report"
-    except (CorruptError, IncompatibleError):
-        return False
 
 
 def _name(folder: Path, root: Path) -> str:
@@ -143,47 +146,112 @@ def _integrity(folder: Path, name: str, cards: dict[Path, Card]) -> list[Row]:
         return [Row(name, "unknown", "card", 1, "corrupt", error.message)]
     cards[folder] = card
     kind = card.identity.kind
-    findings = verify(folder, card) or list(_outputs(folder, card))
+    findings = verify(folder, card) or _outputs(folder, card)
     rows = [_row(name, kind, "files", len(card.provenance.files) + 1, findings)]
     if kind == "region-store":
         from shared.region_verify import verify_store
 
-        rows.append(_row(name, kind, "maps", int(card.identity.outputs["samples"]), verify_store(folder, card)))
+        count = card.identity.outputs.get("samples")
+        rows.append(_row(name, kind, "maps", count if isinstance(count, int) else 0, verify_store(folder, card)))
+    if kind == "model" and not findings:
+        rows.append(_scores(folder, card, name))
     return rows
 
 
-def _outputs(folder: Path, card: Card) -> Iterator[Finding]:
+def _outputs(folder: Path, card: Card) -> list[Finding]:
     """Outputs that the id covers, computed again: a file may be forged together with its digest on the card."""
+    try:
+        return list(_differing_outputs(folder, card))
+    except CorruptError as error:
+        return [Finding(CARD, f"its outputs cannot be computed again: {error.message}")]
+    except KeyError as error:
+        return [Finding(CARD, f"its outputs are not those of this kind: {error.args[0]} is not there")]
+
+
+def _differing_outputs(folder: Path, card: Card) -> Iterator[Finding]:
     kind, outputs = card.identity.kind, card.identity.outputs
+    if kind == "corpus" and file_sha256(_present(folder, SAMPLES)) != outputs["samples_sha256"]:
+        yield Finding(SAMPLES, "other samples than the artifact's id")
+    if kind == "region-store":
+        named = {item.artifact_id for item in card.identity.inputs if item.kind == "corpus"}
+        beside = folder / "corpus"
+        if named and (beside / CARD).is_file() and read_card(beside, "corpus").artifact_id not in named:
+            yield Finding(f"corpus/{CARD}", "another corpus than the one this store was made from")
     if kind not in ("encoder", "model"):
         return
+    weights = f"{kind}/model.safetensors"
+    if _tensors_sha256(_present(folder, weights)) != outputs["weights"]:
+        yield Finding(weights, "other weights than the artifact's id")
+    if kind == "encoder":
+        from shared.merkle import tensor_digest
+        from stage2_pretrain.witness import FILE, NAMES, read_witnesses
+
+        if tensor_digest(read_witnesses(folder)[0]) != outputs["witnesses"]:
+            yield Finding(FILE, "other witnesses than the artifact's id")
+        if file_sha256(folder / NAMES) != outputs["witness_names"]:
+            yield Finding(NAMES, "other names of witnesses than the artifact's id")
+    else:
+        from stage3_finetune.predictions import load_predictions
+
+        for key in ("predictions", "predictions_best_on_val"):
+            if key not in outputs and key != "predictions":
+                continue
+            found = load_predictions(_present(folder, f"{key}.csv"))
+            if found.sha256 != outputs[key]:
+                yield Finding(f"{key}.csv", "other predictions than the artifact's id")
+            if key == "predictions" and found.truth_sha256 != outputs.get("predictions_truth", found.truth_sha256):
+                yield Finding(f"{key}.csv", "other labels, groups or parts than the artifact's id")
+
+
+def _tensors_sha256(path: Path) -> str:
+    from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
     from shared.merkle import tensor_digest
 
-    weights = f"{kind}/model.safetensors"
-    if tensor_digest(load_file(folder / weights)) != outputs["weights"]:
-        yield Finding(weights, "other weights than the artifact's id")
-    if kind == "encoder":
-        from stage2_pretrain.witness import FILE, read_witnesses
+    try:
+        return tensor_digest(load_file(path))
+    except (SafetensorError, ValueError, TypeError) as error:
+        raise CorruptError(f"{path.name}: no tensors: {type(error).__name__}") from None
 
-        if tensor_digest(read_witnesses(folder)[0]) != outputs["witnesses"]:
-            yield Finding(FILE, "other witnesses than the artifact's id")
-    else:
-        from stage3_finetune.predictions import table_sha256
 
-        for key in ("predictions", "predictions_best_on_val"):
-            if key in outputs and table_sha256(folder / f"{key}.csv") != outputs[key]:
-                yield Finding(f"{key}.csv", "other predictions than the artifact's id")
+def _present(folder: Path, name: str) -> Path:
+    """A file that this kind of artifact must have, whatever its card lists."""
+    if not (folder / name).is_file():
+        raise CorruptError(f"{name}: missing")
+    return folder / name
+
+
+def _scores(folder: Path, card: Card, name: str) -> Row:
+    """A model's metrics against its predictions: no id covers them, so a new seal on the card would hide a change."""
+    from stage3_finetune.rescore import rescore
+
+    try:
+        found = rescore(folder, card)
+    except IncompatibleError as error:
+        return Row(name, "model", "scores", 0, "unrecomputable", error.message)
+    except CorruptError as error:
+        return Row(name, "model", "scores", 0, "corrupt", error.message)
+    count = int(card.identity.outputs.get("test", 0)) + int(card.identity.outputs.get("val", 0))
+    more = f"; and {len(found) - 5} more" if len(found) > 5 else ""
+    return Row(name, "model", "scores", count, "drift" if found else "identical", "; ".join(found[:5]) + more)
 
 
 def _absent(path: Path, cards: dict[Path, Card]) -> Iterator[Row]:
     """Runs below a folder that have lost their card, or never got one."""
-    for spec in sorted(path.rglob(SPEC)):
-        folder = spec.parents[1]
-        kept_aside = ".old-" in folder.name or json.loads(spec.read_bytes()).get("kind") == "audit-report"
-        if folder not in cards and not (folder / CARD).exists() and not kept_aside:
+    runs = {spec.parents[1] for spec in path.rglob(SPEC)} | {kept.parent for kept in path.rglob(RESOLVED)}
+    for folder in sorted(runs):
+        if folder not in cards and not (folder / CARD).exists() and not _expected(folder):
             yield Row(_name(folder, path), "unknown", "card", 1, "missing", f"a run without {CARD}")
+
+
+def _expected(folder: Path) -> bool:
+    """Whether a run may lack its card: kept aside by ``--fresh``, or an audit that is being made."""
+    try:
+        kind = json.loads((folder / SPEC).read_bytes()).get("kind")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        kind = None
+    return ".old-" in folder.name or kind == "audit-report"
 
 
 def _row(name: str, kind: str, check: str, checked: int, findings: list[Any]) -> Row:

@@ -137,7 +137,7 @@ def publish(
         raise UsageError(f"{folder}: already published; artifacts are never edited")
     for leftover in folder.glob("**/.*.tmp"):  # a kill in `write_atomic`; the file was then written anew
         leftover.unlink()
-    files = {name: file_sha256(folder / name) for name in published_files(folder)}
+    files = {name: file_sha256(folder / name) for name in published_files(folder, kind)}
     major, minor = KIND_VERSIONS[kind]
     identity = Identity(
         kind=kind, kind_version=f"{major}.{minor}", inputs=tuple(inputs), spec=dict(spec), outputs=dict(outputs)
@@ -171,8 +171,9 @@ def read_card(folder: Path, kind: str | None = None) -> Card:
     Raises:
         InputMissingError: No such folder.
         LockedError: Unpublished, and a live writer holds its lease.
-        IncompatibleError: Unpublished, of another kind, or of a version this release cannot read.
-        CorruptError: The card was changed since it was published.
+        IncompatibleError: Unpublished, of another kind, or whole but of a version this release cannot read.
+        CorruptError: The card was changed since it was published. ``card_sha256`` means the same in every kind and
+            version, so damage never passes for a newer release.
     """
     path = folder / CARD
     if not folder.is_dir():
@@ -182,15 +183,16 @@ def read_card(folder: Path, kind: str | None = None) -> Card:
         if holder is not None:
             raise LockedError(f"{folder}: being written by process {holder}", hint="wait until it is published")
         raise IncompatibleError(f"{folder}: not published: it has no {CARD}", hint="finish the run that writes it")
-    body = _parse(path)
+    raw = _bytes(path)
+    body = _parse(path, raw)
+    # Before anything on the card is believed, its version included: a damaged one is no newer release's.
+    if not _sealed(body, raw):
+        raise CorruptError(f"{path}: changed since it was published", hint="restore the artifact from a copy")
     _check_version(folder, body, kind)
     try:
         card = Card.model_validate(body)
     except ValidationError as error:
         raise CorruptError(f"{path}: {error.errors()[0]['msg']} at {error.errors()[0]['loc']}") from None
-    rest = {key: value for key, value in body.items() if key != "card_sha256"}
-    if _sha256(rfc8785.dumps(rest)) != card.card_sha256 or rfc8785.dumps(body) != path.read_bytes():
-        raise CorruptError(f"{path}: changed since it was published", hint="restore the artifact from a copy")
     if _sha256(rfc8785.dumps(body["identity"])) != card.artifact_id:
         raise CorruptError(f"{path}: its id does not belong to its content")
     return card
@@ -216,7 +218,7 @@ def verify(folder: Path, card: Card) -> list[Finding]:
     """Compare every published file with the card: changed, missing and unlisted ones are findings."""
     found = []
     listed = card.provenance.files
-    present = set(published_files(folder))
+    present = set(published_files(folder, card.identity.kind))
     for name in sorted(set(listed) | present):
         if name not in present:
             found.append(Finding(name, "missing"))
@@ -227,14 +229,14 @@ def verify(folder: Path, card: Card) -> list[Finding]:
     return found
 
 
-def published_files(folder: Path) -> Iterator[str]:
-    """Relative posix paths of what a card lists: not itself, ``run/``, the lease, nor Zarr chunks."""
+def published_files(folder: Path, kind: str) -> Iterator[str]:
+    """Relative posix paths of what a card lists: not itself, ``run/``, the lease, nor a region store's Zarr chunks."""
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         top = name.split("/", 1)[0]
         if top in ("run", CARD, "lease.json") or not (path.is_file() or path.is_symlink()):
             continue
-        if top == "regions.zarr" and path.name != "zarr.json":
+        if kind == "region-store" and top == "regions.zarr" and path.name != "zarr.json":
             continue
         yield name
 
@@ -267,11 +269,24 @@ def fsync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _parse(path: Path) -> dict[str, Any]:
+def _bytes(path: Path) -> bytes:
     if path.stat().st_size > _CARD_BYTES_MAX:
         raise CorruptError(f"{path}: {path.stat().st_size} bytes, a card has at most {_CARD_BYTES_MAX}")
+    return path.read_bytes()
+
+
+def _sealed(body: Mapping[str, Any], raw: bytes) -> bool:
+    """Whether a card of any kind and version is as it was written: RFC 8785, under the digest of its other fields."""
+    rest = {key: value for key, value in body.items() if key != "card_sha256"}
     try:
-        body = json.loads(path.read_bytes())
+        return _sha256(rfc8785.dumps(rest)) == body.get("card_sha256") and rfc8785.dumps(body) == raw
+    except (ValueError, RecursionError):  # numbers or text that RFC 8785 cannot hold, or nested too deep
+        return False
+
+
+def _parse(path: Path, raw: bytes) -> dict[str, Any]:
+    try:
+        body = json.loads(raw)
     except (ValueError, RecursionError):
         raise CorruptError(f"{path}: not JSON", hint="restore the artifact from a copy") from None
     if not isinstance(body, dict):

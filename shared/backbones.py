@@ -159,7 +159,7 @@ def load_encoder(folder: Path) -> Backbone:
         args = dict(config["model_args"])
         name, in_chans, stride = config["architecture"], args.pop("in_chans"), args.pop("output_stride", None)
         state = load((folder / WEIGHTS).read_bytes())
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         raise CorruptError(f"{folder.name}: not an encoder: {type(error).__name__}: {error}") from None
     backbone = build(name, in_chans=in_chans, output_stride=stride, model_args=args)
     expected = {key: tuple(value.shape) for key, value in backbone.model.state_dict().items()}

@@ -107,7 +107,7 @@ def latest_state(
             if _digest(body) != digest or hashlib.sha256(data).hexdigest() != body["tensors_sha256"]:
                 raise ValueError("its digest does not match")
             tensors = load(data)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             reason = "a file is missing" if isinstance(error, OSError) else "not what was saved"
             warn(f"state {path.name} is broken ({reason}); trying the one before")
             continue
@@ -138,7 +138,7 @@ def _marker(folder: Path) -> Path:
 def _newest(folder: Path) -> int | None:
     try:
         return int(json.loads(_marker(folder).read_bytes())["step"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 

@@ -185,7 +185,7 @@ def read_witnesses(folder: Path) -> tuple[dict[str, np.ndarray[Any, Any]], dict[
             "draws": (np.int64, shape[:1]),
             "sums": (np.uint64, shape[:1]),
         }
-    except (OSError, SafetensorError, ValueError, KeyError, IndexError, TypeError) as error:
+    except (OSError, SafetensorError, ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
         raise CorruptError(f"{FILE}, {NAMES}: {type(error).__name__} while reading the witnesses") from None
     if names.get("version") != VERSION or any(
         tensors.get(name, np.zeros(0, np.bool_)).dtype != dtype or tensors[name].shape != size

@@ -66,6 +66,32 @@ def _digest(path: Path, sample_id: str) -> str:
         raise InputMissingError(f"sample {sample_id!a}: its file vanished") from None
 
 
+def also_in_train(examples: Sequence[Example], sha256: Mapping[str, str]) -> list[str]:
+    """Warnings about val and test samples whose file, byte for byte, train has too: groups do not tell.
+
+    Args:
+        examples: Every row, split.
+        sha256: Of each sample's file.
+
+    Returns:
+        At most one line a part.
+    """
+    first: dict[str, str] = {}
+    for example in examples:
+        if example.split == "train":
+            first.setdefault(sha256[example.sample_id], example.sample_id)
+    lines = []
+    for split in ("val", "test"):
+        part = [example.sample_id for example in examples if example.split == split]
+        twins = [name for name in part if sha256[name] in first]
+        if twins:
+            lines.append(
+                f"{len(twins)} of {len(part)} {split} samples are, byte for byte, files that train has too "
+                f"({twins[0]!a} = {first[sha256[twins[0]]]!a}): {split} scores come out too high"
+            )
+    return lines
+
+
 class Part:
     """One part of the table with its images; batches of it, epoch after epoch.
 

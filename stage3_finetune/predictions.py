@@ -57,6 +57,11 @@ class Predictions:
             {"classes": self.classes, "rows": [[name, *row] for name, row in zip(ids, millionths, strict=True)]}
         )
 
+    @property
+    def truth_sha256(self) -> str:
+        """Digest of what the predictions are scored against: id, group, part and label of every row."""
+        return digest([[row.sample_id, row.group, row.split, row.label] for row in self.examples])
+
 
 def write_predictions(path: Path, predictions: Predictions) -> None:
     """Write the table in one piece; nine digits bring every float32 back to the bit."""
@@ -70,20 +75,24 @@ def write_predictions(path: Path, predictions: Predictions) -> None:
     write_atomic(path, text.getvalue().encode())
 
 
-def table_sha256(path: Path) -> str:
-    """`Predictions.sha256` of a table as it stands on disk.
+def load_predictions(path: Path) -> Predictions:
+    """A table as it stands on disk.
 
     Raises:
-        CorruptError: Not such a table.
+        CorruptError: Not such a table, or a row's predicted class is not its most probable one.
     """
     try:
         header, *rows = csv.reader(io.StringIO(path.read_text(encoding="utf-8")))
-        examples = [Example(row[0], row[3], row[1], row[2]) for row in rows]
+        examples = tuple(Example(row[0], row[3], row[1], row[2]) for row in rows)
         probability = np.array([[float(cell) for cell in row[len(_FIXED) :]] for row in rows], np.float32)
         classes = tuple(name.removeprefix("p ") for name in header[len(_FIXED) :])
-    except (ValueError, IndexError):
+        found = Predictions(examples, classes, probability.reshape(len(rows), len(classes)))
+        for number, (row, values) in enumerate(zip(rows, found.probability, strict=True), 2):
+            if row[4] != classes[int(values.argmax())] or row[3] not in classes:
+                raise CorruptError(f"{path.name} line {number}: its classes do not follow from its numbers")
+    except (FileNotFoundError, ValueError, IndexError, csv.Error):
         raise CorruptError(f"{path.name}: not a table of predictions") from None
-    return Predictions(tuple(examples), classes, probability.reshape(len(rows), len(classes))).sha256
+    return found
 
 
 def read_predictions(path: Path, examples: Sequence[Example], classes: Sequence[str]) -> Predictions:
@@ -95,7 +104,7 @@ def read_predictions(path: Path, examples: Sequence[Example], classes: Sequence[
     try:
         header, *rows = csv.reader(io.StringIO(path.read_text(encoding="utf-8")))
         probability = np.array([[float(cell) for cell in row[len(_FIXED) :]] for row in rows], np.float32)
-    except ValueError:
+    except (ValueError, csv.Error):
         header, rows, probability = [], [], np.empty((0, 0), np.float32)
     found = [tuple(row[:4]) for row in rows]
     wanted = [(example.sample_id, example.group, example.split, example.label) for example in examples]

@@ -15,7 +15,7 @@ from shared.order import steps_per_epoch
 from shared.runlog import RunLog, duration
 from shared.workspace import look
 from stage3_finetune.config import FinetuneConfig
-from stage3_finetune.data import Batch, Part
+from stage3_finetune.data import Batch, Part, also_in_train
 from stage3_finetune.train import Ready, Run, prepare
 
 _NEW, _AGAIN = 2, 1
@@ -61,6 +61,7 @@ def rehearse(
     warnings = []
     if not table.grouped:
         warnings.append("no groups: each sample counts as its own; scores are too high if two show one patient")
+    warnings += also_in_train(table.examples, ready.sha256)
     if unlabelled:
         warnings.append(f"{unlabelled} images have no row in the labels and are left out")
     standing, begun = "new", 0

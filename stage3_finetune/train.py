@@ -27,7 +27,7 @@ from shared.order import schedule, steps_per_epoch
 from shared.runlog import RunLog
 from shared.workspace import begin, set_aside
 from stage3_finetune.config import AugmentConfig, FinetuneConfig
-from stage3_finetune.data import Batch, Part, digest_images, plain_order
+from stage3_finetune.data import Batch, Part, also_in_train, digest_images, plain_order
 from stage3_finetune.export import export_model
 from stage3_finetune.labels import Labels, load_labels
 from stage3_finetune.metrics import Scores
@@ -156,6 +156,8 @@ def finetune(
                 log.info(line)
             if not table.grouped:
                 log.warn("no groups: each sample counts as its own; scores are too high if two show one patient")
+            for line in also_in_train(table.examples, ready.sha256):
+                log.warn(line)
             if unlabelled := len(ready.sources) - len(table.examples):
                 log.info(f"{unlabelled} images have no row in the labels and are left out")
             run = ready.run(out, log)
@@ -278,6 +280,7 @@ def _finish(run: Run, best: BestOnVal | None, inputs: tuple[Input, ...]) -> tupl
     outputs: dict[str, Any] = {
         "weights": tensor_digest({name: value.numpy() for name, value in weights.items()}),
         "predictions": predictions.sha256,
+        "predictions_truth": predictions.truth_sha256,
         "classes": len(run.labels.classes),
         "tensors_kept": len(weights) - len(run.task.head) if inputs else 0,
         "tensors_new": len(run.task.head) if inputs else len(weights),

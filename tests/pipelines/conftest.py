@@ -9,6 +9,8 @@ import pytest
 import yaml
 from PIL import Image
 
+ROOT = Path(__file__).parents[2]
+
 RECIPE = {
     "corpus": "given",
     "localize": {
