@@ -79,8 +79,11 @@ def test_recipes(finished: Chain, mwm, tmp_path: Path, monkeypatch: pytest.Monke
             "finetune RECIPE --images IMAGES --labels LABELS --out x --set val_milli=800 --set test_milli=300", 2,
             "error[config]: val_milli + test_milli must leave something to train on (below 1000)\n",
         ),
-        ("pretrain RECIPE --images IMAGES --regions OUT/regions --out x --set policy.name=region --set policy.hide_insde=1", 2,
-         "error[config]: policy: hide_insde: unknown key. Did you mean 'hide_inside'?\n"),
+        (
+            "pretrain RECIPE --images IMAGES --regions OUT/regions --out x --set policy.name=region "
+            "--set policy.hide_insde=1",
+            2, "error[config]: policy: hide_insde: unknown key. Did you mean 'hide_inside'?\n",
+        ),
         ("run RECIPE --out x", 2, "hint: --images FOLDER"),
         ("run RECIPE --images IMAGES --out x", 2, "--labels: not given, and the recipe finetunes"),
         ("audit LABELS", 2, "a file, expected the folder of an artifact"),
