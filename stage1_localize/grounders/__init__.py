@@ -5,6 +5,7 @@ from shared.registry import Registry
 GROUNDERS = Registry(
     "grounder",
     {
+        "contrast": "stage1_localize.grounders.contrast:Contrast",
         "lite": "stage1_localize.grounders.lite:Lite",
         "planted": "stage1_localize.grounders.planted:Planted",
     },

@@ -5,6 +5,7 @@ from shared.registry import Registry
 SEGMENTERS = Registry(
     "segmenter",
     {
+        "boxfill": "stage1_localize.segmenters.boxfill:BoxFill",
         "lite_medsam": "stage1_localize.segmenters.lite_medsam:LiteMedSam",
         "none": "stage1_localize.segmenters.none:NoSegmenter",
     },
