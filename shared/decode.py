@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from shared.errors import DecodeError
+from shared.orientation import Grid, to_canonical
 
 VERSION = 1
 """Raised when the pixels that a file decodes to change; part of what is made from them."""
@@ -42,6 +43,7 @@ class Decoded:
     spacing_mm: tuple[float, float] | None
     source_sha256: str
     intensity: str
+    grid: Grid | None = None
 
 
 def decode_raster(path: Path, name: str) -> Decoded:
@@ -62,7 +64,7 @@ def decode_slice(path: Path, name: str, index: int | None) -> Decoded:
     if index is None or not 0 <= index < volume.voxels.shape[2]:
         raise DecodeError(f"{name}: the volume has {volume.voxels.shape[2]} axial slices, not the one named")
     pixels = volume.voxels[:, ::-1, index].T[None]
-    return Decoded(pixels, volume.spacing_mm, volume.source_sha256, volume.intensity)
+    return Decoded(pixels, volume.spacing_mm, volume.source_sha256, volume.intensity, volume.grid)
 
 
 def count_slices(path: Path) -> int | None:
@@ -72,9 +74,10 @@ def count_slices(path: Path) -> int | None:
     try:
         with path.open("rb") as file:
             head = _head(file.read(8 * _HEADER_BYTES))
-        header = _header(head)
-        shape = _shape(header)
-        upward = nibabel.io_orientation(header.get_best_affine())[:, 0].tolist().index(2)
+        with np.errstate(all="ignore"):
+            header = _header(head)
+            shape = _shape(header)
+            upward = nibabel.io_orientation(header.get_best_affine())[:, 0].tolist().index(2)
         return shape[upward] if math.prod(shape) <= _VOXELS_MAX else None
     except Exception:
         # Whatever a broken header makes of the parser: reading the volume will say it again, with a reason.
@@ -96,7 +99,8 @@ def read_bytes(path: Path, name: str) -> bytes:
 def _guarded(name: str, decode: Callable[[], T]) -> T:
     """Run a decoder on bytes that nobody vouches for: whatever it raises becomes a `DecodeError`."""
     try:
-        return decode()
+        with np.errstate(all="ignore"):  # what overflows becomes infinite, and is then refused as such
+            return decode()
     except (DecodeError, MemoryError):
         raise
     except Exception as error:
@@ -132,9 +136,26 @@ def _raster(data: bytes, name: str) -> tuple[np.ndarray, str]:
         raise DecodeError(f"{name}: {frames} frames, expected 1", reason="unsupported")
     if image.format == "PNG" and data[24] == 16 and data[25] != 0:
         raise DecodeError(f"{name}: a 16 bit PNG with colour or alpha", reason="unsupported")
+    if image.format == "PNG":
+        _check_png(data, name)
     image.load()
     upright = ImageOps.exif_transpose(image)
     return _by_mode(upright, name)
+
+
+def _check_png(data: bytes, name: str) -> None:
+    """Refuse a PNG with a damaged or missing chunk: Pillow reads some of them, to other pixels."""
+    at = 8
+    while at + 12 <= len(data):
+        end = at + 8 + int.from_bytes(data[at : at + 4], "big")
+        if end + 4 > len(data):
+            break
+        if zlib.crc32(data[at + 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
+            raise DecodeError(f"{name}: a chunk of the PNG is damaged")
+        if data[at + 4 : at + 8] == b"IEND":
+            return
+        at = end + 4
+    raise DecodeError(f"{name}: truncated")
 
 
 def _by_mode(image: Any, name: str) -> tuple[np.ndarray, str]:
@@ -180,8 +201,7 @@ def _deep_tiff(data: bytes, name: str) -> np.ndarray | None:
             raise DecodeError(f"{name}: TIFF of {page.samplesperpixel} x {page.dtype}", reason="unsupported")
         if page.samplesperpixel == 1 and page.compression not in (1, 8, 32773, 32946) and page.dtype == np.uint16:
             return None  # LZW and the like, which Pillow decodes at 16 bit
-        with np.errstate(over="ignore"):  # becomes infinite, and is then refused as such
-            values = page.asarray().astype(np.float32)
+        values = page.asarray().astype(np.float32)
         inverted = page.photometric == 0
         orientation = page.tags.valueof(274, 1)
         channels_last = values.ndim == 3 and page.planarconfig == 1
@@ -238,6 +258,7 @@ class _Volume:
     spacing_mm: tuple[float, float]
     source_sha256: str
     intensity: str
+    grid: Grid
 
 
 @lru_cache(maxsize=1)
@@ -260,11 +281,11 @@ def _volume(path: Path, name: str, stamp: tuple[int, int]) -> _Volume:
         raise DecodeError(f"{name}: truncated, {len(data)} of {size} bytes")
     kind = nibabel.Nifti2Image if isinstance(header, nibabel.Nifti2Header) else nibabel.Nifti1Image
     image = kind.from_bytes(data[:size])
-    image = nibabel.as_closest_canonical(kind(np.asanyarray(image.dataobj).reshape(shape), image.affine))
-    values = np.asarray(image.dataobj).astype(np.float32)
+    grid = Grid.of(shape, image.affine)
+    values = to_canonical(np.asanyarray(image.dataobj).reshape(shape), grid).astype(np.float32)
     voxels, intensity = rescale(values, "volume", name)
-    right, anterior = (round(float(mm), 6) for mm in np.linalg.norm(image.affine[:3, :2], axis=0))
-    return _Volume(voxels, (anterior, right), digest, intensity)
+    right, anterior, _ = (round(float(mm), 6) for mm in grid.spacing_mm())
+    return _Volume(voxels, (anterior, right), digest, intensity, grid)
 
 
 def _unpack(data: bytes, size: int) -> bytes:

@@ -120,8 +120,7 @@ def decode_frame(path: Path, name: str, index: int | None) -> Decoded:
     dataset, sha256, torn = _guarded(
         name, lambda: _file(path, name.partition("#")[0], (stat.st_mtime_ns, stat.st_size))
     )
-    with np.errstate(all="ignore"):  # what overflows becomes infinite, and is then refused as such
-        pixels, intensity = _guarded(name, lambda: _frame(dataset, name, index, torn=torn))
+    pixels, intensity = _guarded(name, lambda: _frame(dataset, name, index, torn=torn))
     return Decoded(pixels, _guarded(name, lambda: read_spacing_mm(dataset, index or 0)), sha256, intensity)
 
 
@@ -301,7 +300,8 @@ def _pydicom() -> Any:
 def _guarded(name: str, decode: Callable[[], T]) -> T:
     """Run a decoder on bytes that nobody vouches for; only the kind of what it raises is told, never its text."""
     try:
-        return decode()
+        with np.errstate(all="ignore"):  # what overflows becomes infinite, and is then refused as such
+            return decode()
     except (DecodeError, MemoryError):
         raise
     except Exception as error:

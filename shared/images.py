@@ -37,6 +37,7 @@ from jaxtyping import Float32
 from shared import dicom
 from shared.decode import count_slices, decode_raster, decode_slice
 from shared.errors import InputMissingError, UsageError
+from shared.orientation import Grid
 from shared.pseudonyms import pseudonym
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".nii", ".nii.gz", *dicom.SUFFIXES)
@@ -80,6 +81,7 @@ class Image:
         pixel_sha256: Of ``pixels``: its shape and little-endian bytes.
         intensity: The rule that mapped stored values to [0, 1].
         degenerate: All pixels are equal.
+        grid: Of a NIfTI volume, as stored: what an export needs to lie on the original (`shared.orientation`).
     """
 
     pixels: Float32[np.ndarray, "C H W"]
@@ -88,6 +90,7 @@ class Image:
     pixel_sha256: str
     intensity: str
     degenerate: bool
+    grid: Grid | None = None
 
 
 def find_sources(root: Path) -> list[Source]:
@@ -148,6 +151,7 @@ def read_image(source: Source) -> Image:
         pixel_sha256=pixel_sha256(pixels),
         intensity=decoded.intensity,
         degenerate=bool(pixels.min() == pixels.max()),
+        grid=decoded.grid,
     )
 
 
@@ -314,6 +318,8 @@ def _id_fault(sample_id: str) -> str | None:
         return f"{size} bytes, at most {ID_BYTES_MAX} are allowed"
     if any(unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp") for character in sample_id):
         return "holds a control or invisible character"
+    if not sample_id.strip():
+        return "blank"
     if sample_id.startswith("/") or any(part in ("", ".", "..") for part in sample_id.split("/")):
         return "must be relative, without empty, '.' or '..' parts"
     return None

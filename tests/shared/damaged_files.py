@@ -1,7 +1,7 @@
 """Ten thousand damaged files, and a process that reads them: used by `test_fuzz`.
 
-Run as a program it prints one JSON line a file: its seed, its format and what became of it. It writes the seed to
-a file before each, so that whoever started it can name the one that ended it.
+Run as a program it prints two JSON lines a file: its seed and format before it is read, so that whoever started the
+program can name the file that ended it, and what became of it.
 """
 
 import faulthandler
@@ -15,14 +15,14 @@ from pathlib import Path
 
 import nibabel
 import numpy as np
-import pydicom
 import tifffile
 from PIL import Image as Pillow
 
-from shared.errors import DecodeError
+from shared.errors import DecodeError, UsageError
 from shared.images import find_sources, read_image
+from tests.shared.dicom_files import SAMPLES, table, write_dicom
 
-MEMORY_BYTES = 6 << 30
+MEMORY_BYTES = 4 << 30
 HANG_S = 20
 SAMPLES_READ = 3
 
@@ -40,11 +40,21 @@ DICOM_FILES = {
     "jpeg 2000": "MR_small_jp2klossless.dcm",
     "jpeg 2000 lossy": "JPEG2000.dcm",
     "frames": "rtdose.dcm",
+    "report": "test-SR.dcm",
+}
+TABLES = {
+    "VOILUTSequence": [table([0, 9, 40, 255], 100, 8)],
+    "ModalityLUTSequence": [table([1, 2, 300, 4000], 0, 16)],
+}
+PALETTE = {
+    f"{colour}PaletteColorLookupTable{part}": value
+    for colour in ("Red", "Green", "Blue")
+    for part, value in (("Descriptor", [256, 0, 16]), ("Data", bytes(range(256)) * 2))
 }
 
 
-def originals() -> dict[str, tuple[str, bytes]]:
-    """Small sound files: name -> suffix and bytes."""
+def originals(folder: Path) -> dict[str, tuple[str, bytes]]:
+    """Small sound files: name -> suffix and bytes; ``folder`` is for scratch."""
     rng = np.random.default_rng(0)
     grey = rng.integers(0, 255, (20, 24), np.uint8)
     deep = rng.integers(0, 4096, (20, 24)).astype(np.uint16)
@@ -66,22 +76,24 @@ def originals() -> dict[str, tuple[str, bytes]]:
     found["nifti"] = (".nii", volume.to_bytes())
     found["nifti gzip"] = (".nii.gz", gzip.compress(volume.to_bytes(), mtime=0))
     found["nifti-2"] = (".nii", nibabel.Nifti2Image(np.ones((4, 4, 3), np.float32), np.eye(4)).to_bytes())
-    folder = Path(pydicom.__file__).parent / "data" / "test_files"
     for name, file in DICOM_FILES.items():
-        if file:
-            found[f"dicom {name}"] = (".dcm", (folder / file).read_bytes())
+        found[f"dicom {name}"] = (".dcm", (SAMPLES / file).read_bytes())
+    scratch = folder / "scratch.dcm"
+    found["dicom tables"] = (".dcm", write_dicom(scratch, deep, **TABLES).read_bytes())
+    found["dicom palette"] = (".dcm", write_dicom(scratch, grey, photometric="PALETTE COLOR", **PALETTE).read_bytes())
+    found["dicom unnamed"] = ("", write_dicom(scratch, deep, WindowCenter=2048, WindowWidth=4096).read_bytes())
     return found
 
 
 def damage(data: bytes, rng: random.Random, others: list[bytes]) -> bytes:
     """One to three wounds of a kind that disks, networks and people make."""
     raw = bytearray(data)
-    for _ in range(rng.randint(1, 3)):
+    for _ in range(rng.choice((1, 1, 1, 2, 3))):
         if not raw:
             break
-        # Half of the wounds fall on the first bytes, where the headers are.
-        end = len(raw) if rng.random() < 0.5 else min(len(raw), 700)
-        at = rng.randrange(end)
+        # A third of the wounds fall on the first bytes, where the headers are, a third on the later half.
+        first, end = rng.choice(((0, min(len(raw), 700)), (0, len(raw)), (len(raw) // 2, len(raw))))
+        at = rng.randrange(first, end)
         match rng.randrange(7):
             case 0:
                 del raw[at:]
@@ -106,7 +118,11 @@ def damage(data: bytes, rng: random.Random, others: list[bytes]) -> bytes:
 def outcome(path: Path) -> str:
     """``decoded``, or the reason of the refusal."""
     found = []
-    for source in _some(find_sources(path.parent)):
+    try:
+        sources = find_sources(path.parent)
+    except UsageError:  # a file without suffix that has lost the mark of DICOM
+        return "passed over"
+    for source in _some(sources):
         try:
             pixels = read_image(source).pixels
         except DecodeError as error:
@@ -121,23 +137,21 @@ def outcome(path: Path) -> str:
 
 
 def main(folder: Path, first: int, last: int) -> None:
+    """Read the files of some seeds: before each its seed and format is said, after it what became of it."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-    sound = originals()
+    sound = originals(folder)
     names, others = list(sound), [data for _, data in sound.values()]
+    paths = {name: folder / str(number) / f"f{sound[name][0]}" for number, name in enumerate(names)}
+    for path in paths.values():
+        path.parent.mkdir()
     for seed in range(first, last):
-        rng = random.Random(seed)
         name = names[seed % len(names)]
-        suffix, data = sound[name]
-        home = folder / "files"
-        home.mkdir(exist_ok=True)
-        path = home / f"f{suffix}"
-        path.write_bytes(damage(data, rng, others))
-        (folder / "seed").write_text(f"{seed} ({name})")
+        paths[name].write_bytes(damage(sound[name][1], random.Random(seed), others))
+        print(json.dumps([seed, name]), flush=True)
         faulthandler.dump_traceback_later(HANG_S, exit=True)
-        result = outcome(path)
+        result = outcome(paths[name])
         faulthandler.cancel_dump_traceback_later()
-        print(json.dumps([seed, name, result]), flush=True)
-        path.unlink()
+        print(json.dumps(result))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(json.dumps({"peak_bytes": peak}))
 
