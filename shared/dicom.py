@@ -164,6 +164,7 @@ def _frame(dataset: Any, name: str, index: int | None, *, torn: bool) -> tuple[F
 def _stored(dataset: Any, name: str, index: int, frames: int) -> np.ndarray:
     """Stored values [H, W] or [H, W, 3] of one frame, with unused bits cut off."""
     from pydicom.pixels.decoders.base import get_decoder
+    from pydicom.pixels.utils import get_expected_length
 
     syntax = str(dataset.file_meta.TransferSyntaxUID)
     options: dict[str, Any] = {"correct_unused_bits": False}  # done below, minding the high bit
@@ -175,6 +176,8 @@ def _stored(dataset: Any, name: str, index: int, frames: int) -> np.ndarray:
             _refuse_without_codecs(name)
         _check_codestream(dataset, name, index, frames, runs=syntax == "1.2.840.10008.1.2.5")
         options = {"decoding_plugin": codec}
+    elif "PixelData" in dataset and len(dataset.PixelData) < (needed := get_expected_length(dataset)):
+        raise DecodeError(f"{name}: truncated, {len(dataset.PixelData)} of {needed} bytes")
     values = get_decoder(dataset.file_meta.TransferSyntaxUID).as_array(dataset, index=index, **options)[0]
     if values.dtype.kind == "f":
         return values

@@ -45,7 +45,7 @@ class Labels:
     Attributes:
         classes: Class names; a label's index in it is the class's number.
         examples: Every row, split, sorted by sample id.
-        grouped: Whether groups were given; else each sample counts as its own.
+        grouped: Whether every sample has a group; one without counts as its own.
     """
 
     classes: tuple[str, ...]
@@ -57,6 +57,19 @@ class Labels:
         return tuple(example for example in self.examples if example.split == split)
 
     @property
+    def alone(self) -> bool:
+        """Whether no two samples share a group."""
+        return len({example.group for example in self.examples}) == len(self.examples)
+
+    @property
+    def caution(self) -> str | None:
+        """What a reader of the scores should know of the groups; None where every sample has one."""
+        if self.grouped:
+            return None
+        lack = "no groups: each sample" if self.alone else "not all samples have a group: one without"
+        return f"{lack} counts as its own; scores are too high if two show one patient"
+
+    @property
     def sha256(self) -> str:
         """Digest of classes and rows, parts included."""
         rows = [[example.sample_id, example.label, example.group, example.split] for example in self.examples]
@@ -65,7 +78,7 @@ class Labels:
     def line(self) -> str:
         """Counts of each part, for a log."""
         parts = [(split, self.part(split)) for split in SPLITS]
-        unit = "groups" if self.grouped else "groups of one sample"
+        unit = "groups" if self.grouped or not self.alone else "groups of one sample"
         counts = [f"{split} {len(rows)} in {len({row.group for row in rows})} {unit}" for split, rows in parts if rows]
         return f"{len(self.classes)} classes; {', '.join(counts)}"
 

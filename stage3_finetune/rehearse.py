@@ -58,9 +58,7 @@ def rehearse(
     config, table = ready.config, ready.labels
     unlabelled = len(ready.sources) - len(table.examples)
     found = {"labels": table.line(), "start": ready.start.line}
-    warnings = []
-    if not table.grouped:
-        warnings.append("no groups: each sample counts as its own; scores are too high if two show one patient")
+    warnings = [table.caution] if table.caution else []
     warnings += also_in_train(table.examples, ready.sha256)
     if unlabelled:
         warnings.append(f"{unlabelled} images have no row in the labels and are left out")

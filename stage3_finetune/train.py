@@ -154,8 +154,8 @@ def finetune(
         with RunLog(out) as log:
             for line in (table.line(), start.line):
                 log.info(line)
-            if not table.grouped:
-                log.warn("no groups: each sample counts as its own; scores are too high if two show one patient")
+            if table.caution:
+                log.warn(table.caution)
             for line in also_in_train(table.examples, ready.sha256):
                 log.warn(line)
             if unlabelled := len(ready.sources) - len(table.examples):

@@ -209,6 +209,9 @@ def test_frames_are_read_one_by_one_and_the_file_once(tmp_path: Path, monkeypatc
         np.testing.assert_allclose(read(path, frame).pixels[0], expected, atol=1e-6)
     assert len(reads) == 1
     assert refuse(path, 5).reason == "decode_failed"
+    path.write_bytes(path.read_bytes()[:-100])
+    assert "truncated, 5900 of 6000 bytes" in str(refuse(path, 0))
+    path = write_dicom(tmp_path / "b.dcm", stack)
     assert refuse(path).reason == "too_large"  # never silently the first frame
 
 

@@ -203,5 +203,7 @@ def test_groups_of_some_images_still_hold(tmp_path: Path) -> None:
     known = {str(n): "patient-one" if n < 4 else None for n in range(12)}
     labels = load(write(tmp_path, "sample_id,label\n" + "".join(f"{n},{'ab'[n % 2]}\n" for n in range(12))), known)
     assert not labels.grouped
+    assert (labels.caution or "").startswith("not all samples have a group")
+    assert "of one sample" not in labels.line()
     assert len({example.split for example in labels.examples if example.group == "patient-one"}) == 1
     assert sum(example.group == "patient-one" for example in labels.examples) == 4
