@@ -44,11 +44,12 @@ class ChainConfig(Strict):
 
 @dataclass
 class Summary:
-    """What a chain made: artifacts by step, seconds by step (0 where it was already done)."""
+    """What a chain made: artifacts by step, seconds by step and by arm (about 0 where it was already done)."""
 
     out: Path
     cards: dict[str, Card] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    arm_seconds: dict[str, float] = field(default_factory=dict)
     audit: dict[str, Any] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
@@ -193,8 +194,10 @@ def _finetune(
 
     def both() -> None:
         for name, encoder in arms:
+            started = time.monotonic()
             made = finetune(config, images=images, labels=labels, encoder=encoder, out=out / name, command=command)
             summary.cards[name] = made.card
+            summary.arm_seconds[name] = time.monotonic() - started
 
     _step(summary, "finetune", both)
 

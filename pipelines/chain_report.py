@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 _ARMS = {"finetuned": "from the encoder", "scratch": "from scratch"}
 _SCORES = {"accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "auroc": "AUROC"}
 _SHARES = {"hidden_inside_share": "inside", "hidden_outside_share": "outside", "hidden_share": "overall"}
+_AT_ONCE_S = 0.3
+"""What took less was there already."""
 _Series = dict[str, tuple[list[float], list[float]]]
 
 
@@ -33,7 +35,6 @@ def chain_report(out: Path, summary: Summary, *, template: bool) -> str:
     cards = summary.cards
     arms = {label: cards[name] for name, label in _ARMS.items() if name in cards}
     classes = max((len(card.provenance.metrics["test"]["classes"]) for card in arms.values()), default=1)
-    steps = {"regions": "localize", "encoder": "pretrain", "finetuned": "finetune", "scratch": "finetune"}
     outputs = cards["regions"].identity.outputs
     return tour_report(
         prompts=prompts(cards["regions"]),
@@ -43,23 +44,31 @@ def chain_report(out: Path, summary: Summary, *, template: bool) -> str:
         arms={label: _rows(card) for label, card in arms.items()},
         audit=summary.audit.get("rows", ()),
         made=[
-            Made(name, card.identity.kind, card.artifact_id, [item.artifact_id for item in card.identity.inputs])
+            Made(
+                name,
+                card.identity.kind,
+                card.artifact_id,
+                [item.artifact_id for item in card.identity.inputs],
+                _seconds(summary, name),
+            )
             for name, card in cards.items()
         ],
         again=["mwm run tour", "mwm audit OUT --level masks", "mwm inspect OUT/regions", "mwm localize --help"],
         facts={
             "images": outputs["samples"],
             "left out": outputs["quarantined"],
-            **{
-                f"{step}, seconds": f"{summary.seconds[step]:.0f}"
-                for step in dict.fromkeys(steps.values())
-                if step in summary.seconds
-            },
         },
         chance={"accuracy": 1 / classes, "balanced accuracy": 1 / classes, "AUROC": 0.5},
         quarantined=outputs.get("quarantine_reasons"),
         note=ONE_BRAIN if template else "",
     )
+
+
+def _seconds(summary: Summary, name: str) -> float | None:
+    """How long an artifact took; None where it was there already."""
+    steps = {"regions": "localize", "encoder": "pretrain"}
+    took = summary.arm_seconds.get(name, summary.seconds.get(steps.get(name, name)))
+    return took if took is not None and took >= _AT_ONCE_S else None
 
 
 def opening_picture(out: Path, region: str, index: int) -> bytes:

@@ -72,10 +72,14 @@ def inspect_sample(
     if not (path / CARD).exists() and (path / "encoder" / CARD).exists():
         path = path / "encoder"
     kind = read_card(path).identity.kind
-    if kind not in ("region-store", "encoder"):
+    if kind not in ("region-store", "encoder", "corpus"):
         raise UsageError(f"{path}: a {kind} holds no samples", hint="--sample needs a region store or an encoder")
-    if kind == "region-store" and (epoch is not None or view is not None):
-        raise UsageError(f"{path}: a region store has no epochs", hint="give the encoder that was made from it")
+    if kind != "encoder" and (epoch is not None or view is not None):
+        raise UsageError(f"{path}: a {kind} has no epochs", hint="give the encoder that was made from it")
+    if kind == "corpus":
+        if out is not None:
+            raise UsageError(f"{path}: a corpus lists files", hint="give the region store, for a picture")
+        return _listed(path, sample), True
     store = _store_of(path, regions) if kind == "encoder" else _open(path)
     row = _row(store, sample)
     facts: dict[str, Any] = {
@@ -115,6 +119,25 @@ def inspect_sample(
         write_atomic(out, sheet(panels, foot=f"{sample}, store {store.card.artifact_id[:12]}"))
         facts["picture"] = out.as_posix()
     return facts, same
+
+
+def _listed(path: Path, sample: str) -> dict[str, Any]:
+    """What a corpus says of a sample."""
+    from shared.corpus import open_corpus
+    from stage2_pretrain.redraw import near
+
+    rows = open_corpus(path)[1]
+    found = next(((place, row) for place, row in enumerate(rows) if row.sample_id == sample), None)
+    if found is None:
+        raise UsageError(f"sample {sample!r}: not in this corpus", hint=near(sample, [row.sample_id for row in rows]))
+    place, row = found
+    return {
+        "sample": sample,
+        "row": place,
+        "source": f"sha256:{row.source_sha256}",
+        "slice": "none: the file is one image" if row.slice_index is None else row.slice_index,
+        "group": row.group or "none",
+    }
 
 
 def _open(path: Path) -> RegionStore:

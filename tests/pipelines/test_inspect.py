@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from shared.artifact import read_card
+from shared.artifact import file_sha256, read_card
 from shared.regions import open_region_store
 from stage2_pretrain.redraw import redraw_one
 from stage2_pretrain.witness import read_witnesses
@@ -67,13 +67,23 @@ def test_a_sample_of_a_store_is_told_and_drawn(finished: Chain, mwm, tmp_path: P
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_corpus_says_which_file_a_sample_was(finished: Chain, mwm) -> None:
+    code, out, _ = mwm("inspect", finished.out / "regions" / "corpus", "--sample", "p03.png", "--json")
+    assert code == 0
+    told = json.loads(out)
+    assert told["row"] == 3
+    assert told["source"] == f"sha256:{file_sha256(finished.images / 'p03.png')}"
+    code, _, err = mwm("inspect", finished.out / "regions" / "corpus", "--sample", "p3.png")
+    assert (code, "did you mean 'p03.png'?" in err) == (2, True)
+
+
 def test_questions_that_have_no_answer_say_what_has(chain: Chain, mwm, tmp_path: Path) -> None:
     store, encoder = chain.out / "regions", chain.out / "encoder"
     picture = ["--images", chain.images, "--out", tmp_path / "p.png"]
     shutil.copytree(encoder, tmp_path / "alone")
     for command, told in (
         ([store, "--sample", "p3.png"], "did you mean 'p03.png'?"),
-        ([store, "--sample", "p03.png", "--epoch", "0"], "a region store has no epochs"),
+        ([store, "--sample", "p03.png", "--epoch", "0"], "a region-store has no epochs"),
         ([encoder, "--sample", "p03.png", "--epoch", "2"], "this run has epochs 0 to 1"),
         ([encoder, "--sample", "p03.png", "--epoch", "-3"], "this run has epochs 0 to 1"),
         ([encoder, "--sample", "p03.png", "--view", "1"], "this run has view 0 only"),
