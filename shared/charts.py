@@ -56,7 +56,8 @@ def line_chart(
         _, y = at((x0, tick))
         parts.append(f'<path class="grid" d="M{left} {y:.1f}H{width - right}"/>')
         parts.append(f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{_number(tick)}</text>')
-    for tick in _ticks(x0, x1, _step(x0, x1)):
+    whole = all(point[0].is_integer() for point in points)
+    for tick in _ticks(x0, x1, max(1.0, _step(x0, x1)) if whole else _step(x0, x1)):
         x, _ = at((tick, y0))
         parts.append(f'<text x="{x:.1f}" y="{height - bottom + 19}" text-anchor="middle">{_number(tick)}</text>')
     ends: list[End] = []
@@ -74,7 +75,7 @@ def line_chart(
         x, y = at(shown[-1])
         parts.append(f'<circle class="{style}" cx="{x:.1f}" cy="{y:.1f}" r="4"/>')
         ends.append((y, x, f"{shown[-1][1]:.3g}", style))
-    for y, x, text, style in _apart(ends, 15, height - bottom):
+    for y, x, text, style in _apart(ends, 19, height - bottom):
         parts.append(f'<text class="end {style}" x="{x + 9:.1f}" y="{y + 4:.1f}">{text}</text>')
     parts.append(
         f'<text x="{(left + width - right) / 2}" y="{height - 6}" text-anchor="middle">{escape(x_label)}</text>'

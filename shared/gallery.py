@@ -15,6 +15,7 @@ from shared.page import chips
 SOFT = "the tint shows the probability"
 _SIDE_PX = 320
 _PANELS_MAX = 6
+_FRESH = 'autocomplete="off"'  # a page that is loaded again shows all pictures; so must its controls
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,9 @@ def gallery(examples: Iterable[Example], *, controls: bool = True) -> str:
         for item in shown
     )
     bar, kind = (_controls(colours), "gallery") if controls else ("", "still")
-    grid = f'<div class="cases" style="--panels:{min(panels, _PANELS_MAX)}">{rows}</div>'
+    # On a phone, rows of two or three: the count that leaves no picture alone.
+    phone = 2 if panels in (2, 4) else 3
+    grid = f'<div class="cases" style="--panels:{min(panels, _PANELS_MAX)};--phone:{phone}">{rows}</div>'
     return f'<div class="{kind}">{bar}{grid}{_key(shown, colours)}</div>'
 
 
@@ -182,12 +185,14 @@ def _count(item: Example) -> int:
 
 def _controls(colours: Mapping[str, Colour]) -> str:
     boxes = "".join(
-        f'<label><input type="checkbox" checked value="{escape(name, quote=True)}">{_dot(colour)}{escape(name)}</label>'
+        f'<label><input type="checkbox" {_FRESH} checked value="{escape(name, quote=True)}">{_dot(colour)}'
+        f"{escape(name)}</label>"
         for name, colour in colours.items()
     )
     return (
-        '<div class="controls" hidden><label>Threshold <input type="range" min="0" max="95" step="5" value="0" '
-        f'aria-label="probability threshold"></label><output>{SOFT}</output>{boxes if len(colours) > 1 else ""}</div>'
+        f'<div class="controls" hidden><label>Threshold <input type="range" {_FRESH} min="0" max="95" step="5" '
+        f'value="0" aria-label="probability threshold"></label><output>{SOFT}</output>'
+        f"{boxes if len(colours) > 1 else ''}</div>"
     )
 
 

@@ -1,7 +1,8 @@
-"""Fixtures for every test, and the one rule for test data."""
+"""Fixtures for every test, and the one rule for what a test needs from outside."""
 
 import os
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -16,11 +17,15 @@ def _salt(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["MWM_SALT_FILE"] = str(salt)
 
 
+def lacking(message: str) -> NoReturn:
+    """What a test needs is not there: an error in CI, else a skip."""
+    (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(message)
+
+
 @pytest.fixture(scope="session")
 def test_data() -> Path:
     """Real images for tests: ``MWM_TEST_DATA``, else ``../shared/data``. Absent is an error in CI, else a skip."""
     folder = Path(os.environ.get("MWM_TEST_DATA") or ROOT.parent / "shared" / "data")
     if not (folder / "manifest.csv").is_file():
-        message = "test data not found: set MWM_TEST_DATA"
-        pytest.fail(message) if os.environ.get("CI") == "true" else pytest.skip(message)
+        lacking("test data not found: set MWM_TEST_DATA")
     return folder

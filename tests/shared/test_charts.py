@@ -43,6 +43,15 @@ def test_larger_is_higher_and_ticks_are_round() -> None:
     assert 'text-anchor="end">0<' in zero
 
 
+def test_between_whole_numbers_of_epochs_there_is_no_tick() -> None:
+    def places(*x: float) -> list[str]:
+        svg = line_chart({"a": (x, [0.0] * len(x))}, x_label="epoch", y_label="y")
+        return re.findall(r'text-anchor="middle">([\d.]+)<', svg)
+
+    assert places(1, 2) == ["1", "2"]
+    assert places(1, 3.5) == ["1", "1.5", "2", "2.5", "3", "3.5"]
+
+
 def test_a_long_line_is_drawn_faint_with_its_mean_and_stays_small() -> None:
     steps = np.arange(30_000)
     svg = line_chart({"loss": (steps, np.where(steps % 2, 1.0, 0.0))}, x_label="step", y_label="loss")
