@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from typing import Any, Generic, TypeVar
 
 from shared.errors import InterruptedRun, MwmError
@@ -122,6 +123,7 @@ class _Failed:
 @contextmanager
 def _stops_held_back() -> Iterator[None]:
     """Processes started meanwhile begin with SIGINT and SIGTERM blocked: an interrupt finds none of them unready."""
+    resource_tracker.ensure_running()  # its own start would unblock them again
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
     try:
         yield
