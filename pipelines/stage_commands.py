@@ -82,7 +82,10 @@ def pretrain(
 
     done = _published(out, fresh)
     made = run(config, images=images, regions=regions, out=out, fresh=fresh, command=command_told())
-    _close(made.path, made.card, done, as_json, f"mwm finetune --images ... --labels ... --encoder {out} --out ...")
+    from shared.ranks import speaks
+
+    if speaks():  # under torchrun the command runs in each process
+        _close(made.path, made.card, done, as_json, f"mwm finetune --images ... --labels ... --encoder {out} --out ...")
 
 
 def finetune(

@@ -49,6 +49,11 @@ def launched() -> int:
     return int(os.environ["WORLD_SIZE"]) if named else 1
 
 
+def speaks() -> bool:
+    """Whether this process talks to the user: the first that the launcher started, joined or not."""
+    return launched() == 1 or os.environ["RANK"] == "0"
+
+
 def refuse(what: str) -> None:
     """Refuse to run in several processes.
 
@@ -58,7 +63,7 @@ def refuse(what: str) -> None:
     if launched() == 1:
         return
     error = ConfigError(f"{what} runs in one process; found {launched()}", hint="start it without torchrun")
-    if os.environ["RANK"] != "0":
+    if not speaks():
         raise SystemExit(error.exit_code)
     raise error
 

@@ -217,6 +217,8 @@ def test_bad_inputs_leave_no_folder(run, table, encoder, tmp_path) -> None:
         run(options={"label_smoothing": 0.1})
     with pytest.raises(ConfigError, match="unknown task 'detect'"):
         run(task="detect")
+    with pytest.raises(ConfigError, match="threads: 100000, expected 1 to"):
+        run(threads=100_000)
     assert not (tmp_path / "out").exists()
 
 
