@@ -11,9 +11,9 @@ from stage2_pretrain.masking.coverage import cell_edges
 from stage2_pretrain.window import WindowOptions, draw_windows
 
 
-def every_window_fits(cells: int, map_px: int, image_px: int, crop_px: int, start: int | None = None) -> bool:
+def every_window_fits(cells: int, map_px: int, image_px: int, crop_px: int, only: int | None = None) -> bool:
     try:
-        for start in range(image_px - crop_px + 1) if start is None else (start,):
+        for start in range(image_px - crop_px + 1) if only is None else (only,):
             cell_edges(start, crop_px, image_px, map_px, cells)
     except ConfigError:
         return False
