@@ -11,7 +11,7 @@ from typing import Any, Literal
 import rfc8785
 
 from shared.artifact import CARD, Card, Input, read_card, spec_digest, write_atomic
-from shared.errors import SpecMismatchError, UsageError
+from shared.errors import CorruptError, SpecMismatchError, UsageError
 from shared.lease import LEASE, lease_holder
 
 SPEC = "run/spec.json"
@@ -41,6 +41,7 @@ def begin(
 
     Raises:
         SpecMismatchError: The folder holds a run of another specification; names the keys that differ.
+        CorruptError: The folder's record of its run is damaged.
         UsageError: The folder holds something that is not a run.
     """
     status, card = look(out, kind=kind, inputs=inputs, spec=spec)
@@ -72,7 +73,7 @@ def look(
         return "done", card
     refuse_unwritable(out)
     if (out / SPEC).exists():
-        found = json.loads((out / SPEC).read_bytes())
+        found = _read_spec(out)
         if rfc8785.dumps(found) != rfc8785.dumps(wanted):
             _refuse(out, found, wanted)
         return "continue", None
@@ -90,6 +91,19 @@ def refuse_unwritable(out: Path) -> None:
         raise UsageError(f"{place}: a file, expected a folder", hint="name another folder with --out")
     if not os.access(place, os.W_OK | os.X_OK):
         raise UsageError(f"{place}: this user may not write here", hint="name another folder with --out")
+
+
+def _read_spec(out: Path) -> dict[str, Any]:
+    try:
+        found = json.loads((out / SPEC).read_bytes())
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise CorruptError(
+            f"{out}: {SPEC} is not what a run wrote there",
+            hint="restore it from a copy, or --fresh to keep the folder aside and start anew",
+        )
+    return found
 
 
 def _wanted(kind: str, inputs: Sequence[Input], spec: Mapping[str, Any]) -> dict[str, Any]:

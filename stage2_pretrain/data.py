@@ -19,6 +19,7 @@ from torch.utils.data import default_collate
 
 from shared.errors import CorruptError, DecodeError, InputMissingError
 from shared.images import Source, find_sources, read_image
+from shared.merkle import row_digest
 from shared.rng import sample_keys
 from stage2_pretrain.masking.coverage import orient
 from stage2_pretrain.samples import image_sizes_px, usable_samples
@@ -100,6 +101,7 @@ class RegionDataset:
         self.extra = len(set(found) - {sample.sample_id for sample in store.samples})
         self._sources: list[Source] = [found[name] for name in self.sample_ids]
         self._sha256 = [sample.source_sha256 for sample in used]
+        self._maps_digests = [sample.maps_digest for sample in used]
         self._free_bytes = memory_bytes
         self._images: dict[int, UInt8[np.ndarray, "C H W"] | Float32[np.ndarray, "C H W"]] = {}
         self._maps: dict[int, UInt8[np.ndarray, "K h w"]] = {}
@@ -116,6 +118,7 @@ class RegionDataset:
 
         Raises:
             SourceChangedError: The image file is not the one that the store knows.
+            CorruptError: Its maps are not those that the store lists.
         """
         key = self.sample_keys[index : index + 1]
         size = self.sizes_px[index : index + 1]
@@ -156,7 +159,14 @@ class RegionDataset:
         kept = self._maps.get(index)
         if kept is not None:
             return kept
-        return self._keep(self._maps, index, np.ascontiguousarray(self.store.maps([self.rows[index]])[0]))
+        maps = np.ascontiguousarray(self.store.maps([self.rows[index]])[0])
+        # Checksums say that a chunk is whole, not whose it is: two shards exchanged by a copy pass them all.
+        if row_digest(maps).hex() != self._maps_digests[index]:
+            raise CorruptError(
+                f"row {self.rows[index]} ({self.sample_ids[index]}): its region maps are not those that were published",
+                hint="mwm audit names what changed; restore the region store from a copy, or localize again",
+            )
+        return self._keep(self._maps, index, maps)
 
     def _keep(self, cache: dict[int, np.ndarray[Any, Any]], index: int, value: np.ndarray[Any, Any]) -> Any:
         if value.nbytes <= self._free_bytes:

@@ -120,7 +120,9 @@ def load_text_model() -> tuple[Any, Any]:
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    model = AutoModel.from_pretrained(folder, local_files_only=True, attn_implementation="eager").eval()
+    model = AutoModel.from_pretrained(
+        folder, local_files_only=True, use_safetensors=True, attn_implementation="eager"
+    ).eval()
     if shown:
         logging.enable_progress_bar()
     return tokenizer, model.requires_grad_(False)

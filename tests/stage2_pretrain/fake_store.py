@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from shared.images import find_sources, read_image
+from shared.merkle import row_digest
 from shared.region_layout import ABSENT, SampleRow
 
 
@@ -40,7 +41,7 @@ class FakeStore:
                     shape=None if absent else image.pixels.shape,
                     spacing_mm=None,
                     group=None,
-                    maps_digest="",
+                    maps_digest=row_digest(self.all_maps[row]).hex(),
                     detections_digest="",
                 )
             )
