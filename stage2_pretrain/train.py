@@ -111,8 +111,6 @@ def resolve(config: PretrainConfig) -> PretrainConfig:
     elif config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device: cuda, but this machine has no usable GPU", hint="device=auto takes what there is")
     update["threads"] = resolve_threads(config.threads)
-    if config.loader_workers == "auto":
-        update["loader_workers"] = 0
     return config.model_copy(update=update)
 
 
@@ -171,7 +169,6 @@ def prepare(config: PretrainConfig, store: RegionStore, images: Path, out: Path)
     backbone = build(
         config.backbone, in_chans=config.channels, output_stride=stride, model_args=options, seed=config.seed
     )
-    workers = int(config.loader_workers)
     part = METHODS.load(config.method["name"])
     method = part(validate(part.Options, config.method_options), backbone, size_px=config.size_px, seed=config.seed)
     dataset = RegionDataset(
@@ -181,7 +178,7 @@ def prepare(config: PretrainConfig, store: RegionStore, images: Path, out: Path)
         channels=config.channels,
         window=config.window,
         seed=config.seed,
-        memory_bytes=(config.cache_mib << 20) // max(1, workers),
+        memory_bytes=(config.cache_mib << 20) // max(1, config.loader_workers),
     )
     if len(dataset) < 2:
         raise ConfigError(f"region store: {len(dataset)} sample with maps; a batch needs 2 or more")
@@ -214,7 +211,7 @@ def prepare(config: PretrainConfig, store: RegionStore, images: Path, out: Path)
         masks.sampler(store.regions, config.impl),
         batch_size=config.batch_size,
         seed=config.seed,
-        workers=workers,
+        workers=config.loader_workers,
     )
     return Run(config, dataset, method, masks, steps, spec, out)
 
