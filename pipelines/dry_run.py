@@ -19,6 +19,7 @@ from pydantic import BaseModel
 from pipelines.options import print_json
 from shared.config import digest, dump_yaml
 from shared.forecast import Forecast, kept_aside, refuse_unusable, size
+from shared.merkle import row_digest
 from shared.region_layout import SampleRow
 from shared.runlog import duration
 
@@ -159,7 +160,7 @@ class StandIn:
                 shape=tried.images[name].pixels.shape,
                 spacing_mm=None,
                 group=None,
-                maps_digest="",
+                maps_digest=row_digest(tried.maps[name]).hex(),
                 detections_digest="",
             )
             for row, name in enumerate(names)

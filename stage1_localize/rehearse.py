@@ -112,7 +112,7 @@ def rehearse(
         int(per_row * len(sources)) + _report_bytes(config, seen, answers, min(_EXAMPLES, len(sources))) + _CARD_BYTES
     )
     memory = peak_bytes() if config.workers == 0 else workers * peak_bytes() + parent_bytes
-    process = "in this process" if config.workers == 0 else f"{workers} workers"
+    process = "in this process" if config.workers == 0 else f"{workers} worker{'s' * (workers > 1)}"
     forecast = Forecast(
         out,
         standing,

@@ -91,6 +91,9 @@ def test_a_folder_that_holds_a_run_is_judged_as_by_the_run(chain: Chain, mwm) ->
     assert code == 0
     assert "would be continued" in err
     assert "x 0 steps to do" in err  # its last state is whole
+    code, _, err = mwm(*resumed, "--set", "seed=1")
+    assert code == 2
+    assert "another specification" in err
     with Lease(encoder):
         assert mwm(*resumed)[0] == 7
     code, _, err = mwm(*commands(chain, chain.labels)["localize"], "--dry-run")

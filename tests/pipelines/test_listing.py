@@ -15,6 +15,11 @@ from tests.pipelines.conftest import Chain
 from tests.test_house import HEAVY, ROOT
 
 
+def plain(out: str) -> list[str]:
+    """Lines without their alignment."""
+    return [" ".join(line.split()) for line in out.splitlines()]
+
+
 def test_every_part_is_listed_with_what_it_does(mwm) -> None:
     code, out, _ = mwm("list", "--json")
     assert code == 0
@@ -26,7 +31,7 @@ def test_every_part_is_listed_with_what_it_does(mwm) -> None:
     assert all(len(part["description"]) > 20 for parts in told.values() for part in parts)
     code, out, _ = mwm("list", "policies")
     assert code == 0
-    assert "region   Hide one share of the region and another of the rest." in out.splitlines()
+    assert "region Hide one share of the region and another of the rest." in plain(out)
 
 
 def test_nothing_heavy_is_loaded() -> None:
@@ -55,8 +60,8 @@ def test_a_part_of_another_package_is_marked_and_not_imported(
     monkeypatch.syspath_prepend(str(tmp_path))
     code, out, _ = mwm("list", "grounders")
     assert code == 0
-    assert "foo      Finds foos. [loud-parts]" in out.splitlines()
-    assert "lite     " in out
+    assert "foo Finds foos. [loud-parts]" in plain(out)
+    assert any(line.startswith("lite ") for line in plain(out))
     assert out.count("loud-parts") == 1  # our own lite is not theirs
     assert listing.describe("nowhere.at:All") == listing.describe("loud.missing:Foo") == ""
     assert Registry("grounder", {}).package("foo") == "loud-parts"
