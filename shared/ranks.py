@@ -205,6 +205,9 @@ class Unheard(RunLog):
     def metric(self, step: int, **values: Any) -> None:
         """Nothing."""
 
+    def picture(self, step: int, name: str, pixels: Callable[[], Any]) -> None:
+        """Nothing."""
+
     def rewind(self, step: int, **where: Any) -> int:
         """Nothing."""
         return 0

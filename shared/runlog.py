@@ -1,4 +1,4 @@
-"""What a run says: lines for a person on stderr, ``run/run.log``, and ``run/metrics.jsonl`` for a plot.
+"""What a run says: lines on stderr, ``run/run.log``, ``run/metrics.jsonl``, and ``run/tb`` for TensorBoard.
 
 Files never hold an absolute path: they are shown to others, and folders above a run are nobody's business.
 """
@@ -11,10 +11,13 @@ import re
 import sys
 import time
 import traceback
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, TextIO
+
+from shared.events import FOLDER, Events
 
 METRICS = "run/metrics.jsonl"
 LOG = "run/run.log"
@@ -45,6 +48,8 @@ class RunLog:
         self._interval_s = interval_s
         self._log: IO[str] | None = None
         self._metrics: IO[str] | None = None
+        self._events: dict[str, Events] | None = {}
+        self._marks: tuple[str, ...] = ()
         self._bar: Any = None
         self._started: tuple[str, int, float] | None = None
         self._shown_at = -math.inf
@@ -67,6 +72,8 @@ class RunLog:
             if file is not None:
                 file.close()
         self._log = self._metrics = None
+        for events in (self._events or {}).values():
+            events.close()
 
     def info(self, text: str) -> None:
         """Say one line."""
@@ -94,6 +101,9 @@ class RunLog:
         if done > first and done < total:
             parts.append(f"eta {duration((now - since) / (done - first) * (total - done))}")
         line = " ".join(parts)
+        rates = {name: float(value) for name, value in values.items() if name.endswith("_per_s")}
+        if rates and self._events and "" in self._events:
+            self._events[""].scalars(done, rates)
         if self._stream.isatty():
             self._draw(done, total, line)
             if done >= total:
@@ -105,7 +115,7 @@ class RunLog:
             self._started = None
 
     def metric(self, step: int, **values: Any) -> None:
-        """Append one line to ``run/metrics.jsonl``.
+        """Append one line to ``run/metrics.jsonl``, and its numbers to TensorBoard's files.
 
         Args:
             step: Step that the values belong to; what `rewind` goes by.
@@ -116,6 +126,24 @@ class RunLog:
         row = {"step": step, **{name: _finite(value) for name, value in values.items()}}
         self._metrics.write(json.dumps(row) + "\n")
         self._metrics.flush()
+        kept = {name: value for name, value in row.items() if isinstance(value, int | float) and name != "step"}
+        where = {name: kept.pop(name) for name in self._marks if name in kept}
+        if (events := self._board(where)) is not None:
+            events.scalars(step, kept)
+
+    def picture(self, step: int, name: str, pixels: Callable[[], Any]) -> None:
+        """Show a picture in TensorBoard.
+
+        Args:
+            step: Step that it belongs to.
+            name: Of the series that it belongs to; never a sample's.
+            pixels: Makes it, uint8 [H, W, 3]; called only if it will be shown.
+        """
+        if (events := self._board({})) is not None:
+            from shared.figures import png
+
+            made = pixels()
+            events.picture(step, name, png(made), *made.shape[:2])
 
     def rewind(self, step: int, **where: Any) -> int:
         """Drop metrics past a step: a resumed run writes them again.
@@ -134,7 +162,21 @@ class RunLog:
                 self._metrics.close()
             (self.out / METRICS).write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
             self._open_metrics()
+        self._marks = tuple(where)
+        if (events := self._board(where)) is not None:
+            events.rewind(step)
         return len(rows) - len(kept)
+
+    def _board(self, where: Mapping[str, Any]) -> Events | None:
+        """The event files of one fit, in a folder of their own where the run has several; None without TensorBoard."""
+        name = "-".join(f"{key}-{value}" for key, value in where.items())
+        if self._events is not None and name not in self._events:
+            try:
+                self._events[name] = Events(self.out / FOLDER / name)
+            except ImportError:
+                self._events = None
+                self.info("TensorBoard is not installed: no run/tb; pip install 'mask-what-matters[tensorboard]'")
+        return None if self._events is None else self._events[name]
 
     def _open_metrics(self) -> None:
         path = self.out / METRICS

@@ -13,11 +13,13 @@ from jaxtyping import Float32, Int32, UInt8
 from torch import Tensor
 
 from shared.artifact import write_atomic
+from shared.figures import REGION_COLOURS, paint
 from shared.report import Example
 from stage2_pretrain.masking.coverage import COVERAGE_MAX, cell_edges, orient
-from stage2_pretrain.steps import Steps
+from stage2_pretrain.steps import Step, Steps
 
 EXAMPLES = "examples.safetensors"
+_STRIP, _STRIP_PX = 3, 224
 
 
 def draw_examples(
@@ -57,6 +59,42 @@ def draw_examples(
         )
         for i, name in enumerate(names)
     ]
+
+
+def draw_strip(
+    method: Any,
+    batch: Step,
+    grid: tuple[int, int],
+    *,
+    normalise: Callable[[Tensor], Tensor],
+    restore: Callable[[Tensor], Tensor],
+) -> UInt8[np.ndarray, "H W 3"]:
+    """The first samples of a training step, one below another: image, coverage by regions, drawn mask, reconstruction.
+
+    Args:
+        method: As it is now; left as it was.
+        batch: Of the step.
+        grid: Patches, rows and columns.
+        normalise: Pixels in [0, 1] to what the method takes.
+        restore: The reverse.
+    """
+    image, hidden = batch.image[:_STRIP], batch.drawn.hidden[:_STRIP].reshape(-1, *grid)
+    coverage = batch.drawn.coverage[:_STRIP].reshape(-1, *grid).astype(np.float32) / np.float32(COVERAGE_MAX)
+    taken = normalise(image)
+    drawn = restore(method.reconstruct(taken, torch.from_numpy(~hidden).to(taken.device))).clamp(0, 1).cpu()
+    rows = [
+        np.concatenate(
+            [
+                paint(image[i].numpy(), side_px=_STRIP_PX),
+                paint(image[i].numpy(), [(coverage[i], REGION_COLOURS[0])], side_px=_STRIP_PX),
+                paint(image[i].numpy(), [], hidden[i], side_px=_STRIP_PX),
+                paint(drawn[i].numpy(), side_px=_STRIP_PX),
+            ],
+            axis=1,
+        )
+        for i in range(len(image))
+    ]
+    return np.concatenate(rows)
 
 
 def write_examples(out: Path, examples: Sequence[Example]) -> None:

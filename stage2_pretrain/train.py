@@ -33,7 +33,7 @@ from stage2_pretrain.config import PretrainConfig
 from stage2_pretrain.data import RegionDataset
 from stage2_pretrain.masking.spec import MaskSpec, mask_section, mask_spec
 from stage2_pretrain.methods import METHODS
-from stage2_pretrain.pictures import draw_examples, write_examples
+from stage2_pretrain.pictures import draw_examples, draw_strip, write_examples
 from stage2_pretrain.steps import Step, Steps, Tally
 from stage2_pretrain.witness import WitnessRecorder
 
@@ -135,6 +135,10 @@ class Run:
         """Pixels as the encoder takes them."""
         moved = image.to(self.config.device, memory_format=torch.channels_last)
         return (moved - self.config.mean) / self.config.std
+
+    def restore(self, image: Tensor) -> Tensor:
+        """The reverse of `normalise`."""
+        return image * self.config.std + self.config.mean
 
     def loss(self, batch: Step) -> tuple[dict[str, Tensor], Tensor]:
         """Scalars of a step with ``loss``, and bool [B, gh, gw]: what of each image the encoder got to see."""
@@ -245,14 +249,23 @@ def _train(run: Run, log: RunLog) -> tuple[Tally, Fitted]:
         WitnessRecorder(dataset.sample_ids, patches=run.masks.patches, epochs=run.masks.epochs, seed=config.seed)
     )
 
+    latest: list[Step] = []
+
     def step(batch: Step, index: int) -> dict[str, Tensor]:
         outputs, visible = run.loss(batch)
         tally.add(batch, visible)
+        latest[:] = [batch]
         return outputs
 
     def after_step(done: int, scalars: dict[str, float]) -> None:
         if done % run.steps_per_epoch == 0:
-            log.metric(done, epoch=done // run.steps_per_epoch, **tally.close_epoch())
+            epoch = done // run.steps_per_epoch
+            log.metric(done, epoch=epoch, **tally.close_epoch())
+            if epoch & (epoch - 1) == 0 or epoch == config.epochs:  # 1, 2, 4, 8, ...: most changes early
+                log.picture(done, "image, coverage, mask, reconstruction", strip)
+
+    def strip() -> Any:
+        return draw_strip(method, latest[0], grid, normalise=run.normalise, restore=run.restore)
 
     fitted = fit(
         method,
@@ -306,7 +319,7 @@ def _finish(run: Run, tally: Tally, fitted: Fitted, log: RunLog) -> tuple[dict[s
         _spread(recorder.witnesses, config.pictures),
         epoch=config.epochs - 1,
         normalise=run.normalise,
-        restore=lambda image: image * config.std + config.mean,
+        restore=run.restore,
     )
     write_examples(run.out, examples)
     facts: dict[str, object] = {

@@ -23,6 +23,7 @@ from stage2_pretrain import train
 from stage2_pretrain.config import PretrainConfig
 from stage2_pretrain.train import pretrain
 from stage2_pretrain.witness import redraw
+from tests.shared.event_files import pictures, points
 from tests.stage2_pretrain.stores import write_discs, write_store
 
 ROOT = Path(__file__).parents[2]
@@ -119,6 +120,38 @@ def test_epochs_tell_what_was_hidden(whole: Artifact) -> None:
         assert row["hidden_inside_share"] > row["hidden_outside_share"]
 
 
+def same_events(out: Path, other: Path) -> None:
+    """TensorBoard shows the same points and pictures of both runs, but for how fast they were."""
+    one, two = points(out), points(other)
+    assert [step for step, _ in one.pop("img_per_s")] == [step for step, _ in two.pop("img_per_s")]
+    assert one == two
+    (strip,) = pictures(out)
+    for (step, mine), (theirs, shown) in zip(pictures(out)[strip], pictures(other)[strip], strict=True):
+        assert step == theirs
+        assert np.array_equal(mine, shown)
+
+
+def test_tensorboard_shows_the_run_and_changes_nothing(
+    whole: Artifact, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = points(whole.path)
+    for name in ("loss", "lr", "grad_norm", "img_per_s"):
+        assert [step for step, _ in found[name]] == [*range(1, STEPS + 1)]
+    losses = [np.float32(row["loss"]) for row in read_metrics(whole.path) if "loss" in row]
+    assert [value for _, value in found["loss"]] == losses
+    assert [step for step, _ in found["hidden_inside_share"]] == [2, 4, 6, 8]
+    (strip,) = pictures(whole.path).values()
+    assert [step for step, _ in strip] == [2, 4, 8]
+    first, last = strip[0][1], strip[-1][1]
+    assert first.shape == (3 * 224, 4 * 224, 3)
+    image, _, mask, drawn = np.split(last[:224], 4, axis=1)
+    assert not np.array_equal(image, drawn)
+    assert not np.array_equal(image, mask)
+    monkeypatch.setitem(sys.modules, "tensorboard.compat.proto", None)
+    assert run(corpus, tmp_path / "out").card.artifact_id == whole.card.artifact_id
+    assert not (tmp_path / "out/run/tb").exists()
+
+
 def test_again_is_done_and_another_spec_is_refused(whole: Artifact, corpus: Path) -> None:
     before = (whole.path / "artifact.json").stat().st_mtime_ns
     assert run(corpus, whole.path, pictures=0, save_every_s=5.0).card == whole.card  # runtime fields do not matter
@@ -163,6 +196,7 @@ def test_killed_and_continued_has_the_same_id(where: str, whole: Artifact, corpu
     assert made.card.artifact_id == whole.card.artifact_id
     assert not verify(out, made.card)
     assert read_metrics(out) == read_metrics(whole.path)
+    same_events(out, whole.path)
     assert "continuing from step" in (out / "run/run.log").read_text()
 
 
@@ -180,6 +214,7 @@ def test_a_signal_saves_and_exits_75(whole: Artifact, corpus: Path, tmp_path: Pa
     assert caught.value.exit_code == 75
     monkeypatch.undo()
     assert run(corpus, tmp_path / "out").card.artifact_id == whole.card.artifact_id
+    same_events(tmp_path / "out", whole.path)
 
 
 def test_lost_states_are_never_a_silent_new_run(corpus: Path, tmp_path: Path, monkeypatch) -> None:

@@ -21,6 +21,7 @@ from shared.errors import ConfigError, CorruptError, IncompatibleError, InputMis
 from shared.images import find_sources, read_image
 from shared.runlog import read_metrics
 from stage3_finetune.data import Part
+from tests.shared.event_files import points
 
 from .conftest import BACKBONE, CLASSES, rows
 
@@ -288,3 +289,6 @@ def test_kill_9_five_times_and_the_id_is_the_uninterrupted_ones(run, quick, imag
     assert interrupted.card.artifact_id == whole.card.artifact_id
     steps = [row["step"] for row in read_metrics(interrupted.path) if "loss" in row]
     assert steps == list(range(1, 10))
+    shown, other = points(interrupted.path), points(whole.path)
+    assert [step for step, _ in shown["loss"]] == steps
+    assert shown["val_auroc"] == other["val_auroc"] != []
