@@ -128,6 +128,9 @@ def write_broken(folder: Path) -> None:
     )
     raw = (home / f"{NAME}-5.dcm").read_bytes().replace(b"\x02\x0011", b"\x02\x00Qu")
     (home / f"{NAME}-5.dcm").write_bytes(raw)
+    # A number that is a name: the parser's own message would show it.
+    raw = write_dicom(home / f"{NAME}-8.dcm", pixels(0), NumberOfFrames="123456789012", **TAGS).read_bytes()
+    (home / f"{NAME}-8.dcm").write_bytes(raw.replace(b"123456789012", NAME.encode()))
     (home / f"{NAME}-6").write_bytes((SAMPLES / "test-SR.dcm").read_bytes())
     (home / f"{MRN}.dcm").write_bytes(TAGS["PatientName"].encode() * 40)
     write_dicom(home / f"{NAME}-7.dcm", np.stack([pixels(1), pixels(2)]), PatientID=f"{MRN}-0", **TAGS)
@@ -214,7 +217,7 @@ def test_patient_data_of_what_breaks_is_in_no_log_nor_quarantine(
     assert code == 0, said
     lines = [json.loads(line) for line in (out / "quarantine.jsonl").read_text().splitlines()]
     assert {line["reason"] for line in lines} == {"decode_failed", "unsupported"}
-    assert len(lines) == 7
+    assert len(lines) == 8
     assert search(out) > 8
     assert search(corpus.root / "regions.old-1") > 3
 

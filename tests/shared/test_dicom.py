@@ -116,6 +116,14 @@ def test_the_encoding_does_not_matter(tmp_path: Path, syntax) -> None:
         other = read(write_dicom(tmp_path / "b.dcm", RAMP, syntax=syntax, **more))
         assert other.pixel_sha256 == plain.pixel_sha256
         assert other.intensity == plain.intensity
+    order = "<" if syntax.is_little_endian else ">"
+    tables = {}
+    for colour in ("Red", "Green", "Blue"):
+        tables[f"{colour}PaletteColorLookupTableDescriptor"] = [3, 0, 16]
+        tables[f"{colour}PaletteColorLookupTableData"] = np.array([1, 513, 65535], f"{order}u2").tobytes()
+    stored = np.array([[0, 1, 2]], np.uint8)
+    image = read(write_dicom(tmp_path / "c.dcm", stored, syntax=syntax, photometric="PALETTE COLOR", **tables))
+    np.testing.assert_allclose(image.pixels[0, 0] * 65535, [1, 513, 65535], rtol=1e-5)
 
 
 @pytest.mark.parametrize(

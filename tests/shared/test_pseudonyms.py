@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from shared.errors import InputMissingError, UsageError
-from shared.pseudonyms import pseudonym, salt_path
+from shared.pseudonyms import _make, pseudonym, salt_path
 
 ROOT = Path(__file__).parents[2]
 
@@ -78,3 +78,6 @@ def test_two_processes_that_need_it_first_agree(home: Path) -> None:
     assert len({out for out, _ in answers}) == 1
     assert sum("made" in err for _, err in answers) == 1
     assert os.listdir(home / "config" / "mwm") == ["salt"]
+    salt = salt_path().read_bytes()
+    _make(salt_path())  # who comes second leaves the first one's alone
+    assert salt_path().read_bytes() == salt
