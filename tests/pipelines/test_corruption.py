@@ -150,16 +150,15 @@ def sound(finished: Chain, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     return found
 
 
-def test_the_sweep_covers_every_kind_that_can_be_published(sound: dict[str, Path]) -> None:
+def test_the_sweep_covers_every_kind_that_a_chain_publishes(sound: dict[str, Path]) -> None:
     assert set(sound) == set(PUBLISHED)
-    assert set(KIND_VERSIONS) - set(PUBLISHED) == {"study"}  # named in the design, made by no command yet
+    # Kinds that no chain makes: the tests of the command that makes one call `sweep` on it.
+    assert set(KIND_VERSIONS) - set(PUBLISHED) <= {"study", "head"}
 
 
-@pytest.mark.parametrize("kind", PUBLISHED)
-def test_any_damage_of_any_file_is_found_and_named(
-    kind: str, sound: dict[str, Path], tmp_path: Path, record_property
-) -> None:
-    artifact = Path(shutil.copytree(sound[kind], tmp_path / kind))
+def sweep(artifact: Path) -> Counter[str]:
+    """Damage every file of an artifact in every way, one at a time; how often each kind of damage was found."""
+    assert audit(artifact).exit_code == 0
     counts: Counter[str] = Counter()
     touched = set()
     for wound in wounds(artifact):
@@ -183,12 +182,16 @@ def test_any_damage_of_any_file_is_found_and_named(
     filled = sum(path.stat().st_size > 0 for path in touched)
     assert (counts["deletion"], counts["addition"], counts["truncation"]) == (len(touched), len(touched), filled)
     assert counts["flip"] == FLIPS * filled
-    if kind != "audit-report":
-        assert counts["lines swapped"] >= 1
+    print(f"{artifact.name}: {len(touched)} files, {counts.total()} damages: {dict(counts)}")
+    return counts
+
+
+@pytest.mark.parametrize("kind", PUBLISHED)
+def test_any_damage_of_any_file_is_found_and_named(kind: str, sound: dict[str, Path], tmp_path: Path) -> None:
+    counts = sweep(Path(shutil.copytree(sound[kind], tmp_path / kind)))
+    assert counts["lines swapped"] >= 1
     if kind == "region-store":
         assert (counts["shards swapped"], counts["chunks swapped"]) == (18, 19)
-    record_property(kind, dict(counts))
-    print(f"{kind}: {len(touched)} files, {counts.total()} damages: {dict(counts)}")
 
 
 @pytest.mark.parametrize("kind", PUBLISHED)
