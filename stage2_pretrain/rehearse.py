@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from shared.artifact import Input
+from shared.figures import png
 from shared.forecast import Forecast, kept_aside, peak_bytes, refuse_unusable, size
 from shared.loop import rehearse as rehearse_steps
 from shared.order import steps_per_epoch
 from shared.runlog import duration
 from shared.workspace import look
 from stage2_pretrain.config import PretrainConfig
+from stage2_pretrain.pictures import draw_strip
+from stage2_pretrain.steps import Step
 from stage2_pretrain.train import FEW_PATCHES, Run, prepare, resolve
 from stage2_pretrain.witness import WITNESSES_MAX
 
@@ -74,16 +79,32 @@ def rehearse(
         if standing == "done":
             return Forecast(out, standing, found), config
         batch = -(-samples // per_epoch)
+        latest: list[Step] = []
+
+        def step(made: Step, index: int) -> dict[str, Tensor]:
+            latest[:] = [made]
+            return run.loss(made)[0]
+
         seconds = rehearse_steps(
             run.ready(),
             run.steps.follow(_plan(len(run.dataset), batch)),
-            lambda step, index: run.loss(step)[0],
+            step,
             run.plan(),
             _NEW + _AGAIN,
         )
+        strips = _strips_bytes(run, latest[0])
     finally:
         torch.set_num_threads(before)
-    return _forecast(run, out, standing, found, seconds, samples, per_epoch, begun), config
+    return _forecast(run, out, standing, found, seconds, samples, per_epoch, begun, strips), config
+
+
+def _strips_bytes(run: Run, step: Step) -> int:
+    """Of the pictures for TensorBoard, where it is installed: one after epochs 1, 2, 4, 8 ... and the last."""
+    if find_spec("tensorboard") is None:
+        return 0
+    strip = draw_strip(run.method, step, run.masks.grid, normalise=run.normalise, restore=run.restore)
+    epochs = run.config.epochs
+    return len(png(strip)) * len({*(1 << power for power in range(epochs.bit_length())), epochs})
 
 
 def steps_saved(out: Path) -> int:
@@ -109,6 +130,7 @@ def _forecast(
     samples: int,
     per_epoch: int,
     begun: int,
+    strips: int,
 ) -> Forecast:
     config = run.config
     # The first step also warms up; the steps after it read new images, the last ones images that were kept.
@@ -128,7 +150,7 @@ def _forecast(
     states = 1 if wall < config.save_every_s and config.save_every_steps is None else 2
     witnesses = config.epochs * (min(samples, WITNESSES_MAX) * (run.masks.patches // 8 + 1) + 16)
     pictures = min(config.pictures, samples) * _EXAMPLE_BYTES * (config.size_px / 128) ** 2 * 2
-    disk = weights + states * state + witnesses + steps * _METRICS_BYTES + _PAGE_BYTES + int(pictures)
+    disk = weights + states * state + witnesses + steps * _METRICS_BYTES + _PAGE_BYTES + int(pictures) + strips
     warnings = []
     if run.dataset.absent:
         warnings.append(f"{run.dataset.absent} samples of the region store have no maps and are left out")
