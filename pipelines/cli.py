@@ -19,6 +19,7 @@ import typer
 from pipelines import stage_commands, tool_commands
 from pipelines.settings_help import settings_help
 from shared.errors import DiskFullError, MwmError, UsageError
+from shared.signals import sigterm_unwinds
 
 app = typer.Typer(
     name="mwm",
@@ -67,7 +68,8 @@ def _start(arguments: list[str]) -> Any:
 
 def _run(command: Callable[[], Any], verbose: bool, quiet: bool) -> int:
     try:
-        with contextlib.redirect_stderr(_WarningsOnly(sys.stderr)) if quiet else contextlib.nullcontext():
+        hushed = contextlib.redirect_stderr(_WarningsOnly(sys.stderr)) if quiet else contextlib.nullcontext()
+        with sigterm_unwinds(), hushed:
             code = command()
         return code if isinstance(code, int) else 0
     except MwmError as error:

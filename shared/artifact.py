@@ -6,10 +6,13 @@ inputs, specification, outputs), never of when, where or how long.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,7 +22,7 @@ import rfc8785
 from pydantic import Field, ValidationError
 
 from shared.config import Strict
-from shared.errors import CorruptError, IncompatibleError, InputMissingError, LockedError, UsageError
+from shared.errors import CorruptError, DiskFullError, IncompatibleError, InputMissingError, LockedError, UsageError
 from shared.lease import lease_holder
 
 CARD = "artifact.json"
@@ -252,12 +255,41 @@ def file_sha256(path: Path) -> str:
 def write_atomic(path: Path, data: bytes) -> None:
     """Write a file so that a reader, or a power cut, sees the old bytes or the new ones."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    fsync_folder(path.parent)
+    with full_disk_is_named(path.parent, len(data)):
+        try:
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError:
+            temporary.unlink(missing_ok=True)  # on a full disk its room is needed
+            raise
+        os.replace(temporary, path)
+        fsync_folder(path.parent)
+
+
+@contextmanager
+def full_disk_is_named(folder: Path, wanted_bytes: int) -> Iterator[None]:
+    """Turn a full disk into the error that says so."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise DiskFullError(
+            f"{folder}: disk full, {wanted_bytes} bytes more were needed",
+            hint="make room, then run the same command: it continues",
+        ) from None
+
+
+def refuse_without_room(folder: Path, needed_bytes: int, what: str) -> None:
+    """Raise DiskFullError before anything is computed for which there is no room in the end."""
+    free = shutil.disk_usage(folder).free
+    if free < needed_bytes:
+        raise DiskFullError(
+            f"{folder}: about {needed_bytes} bytes are needed for {what}, {free} are free",
+            hint="make room, then run the same command",
+        )
 
 
 def fsync_folder(folder: Path) -> None:

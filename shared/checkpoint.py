@@ -52,7 +52,8 @@ def save_state(
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"step-{step:08d}"
     draft = folder / f".{target.name}.draft"
-    shutil.rmtree(draft, ignore_errors=True)
+    for torn in folder.glob(".step-*.draft"):  # of a run that was killed while it saved
+        shutil.rmtree(torn, ignore_errors=True)
     # Clones: two names may share storage, which safetensors refuses.
     plain = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
     try:

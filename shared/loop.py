@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from shared import ranks
+from shared.artifact import refuse_without_room
 from shared.checkpoint import latest_state, save_state
 from shared.errors import CorruptError, InterruptedRun, UsageError
 from shared.heap import keep_freed_memory
@@ -165,6 +166,8 @@ def fit(
     fitted = Fitted(plan.steps, begun, ema, 0.0, 0.0, 0, processes)
     if begun >= plan.steps:
         return fitted
+    if writer:
+        _refuse_without_room(module, ema, state, plan.keep)
     saved_at = time.monotonic()
     source = iter(batches(begun))
     with Signals() as signals, torch.random.fork_rng(devices=[]), _closing(source), loader_deaths():
@@ -201,6 +204,15 @@ def fit(
                     hint="run the same command again: it continues",
                 )
     return fitted
+
+
+def _refuse_without_room(module: nn.Module, ema: Mapping[str, Tensor] | None, state: Path, keep: int) -> None:
+    """Weights, AdamW's two moments, their average; as often as states stand beside each other while one is saved."""
+    values = [*module.state_dict().values(), *(ema or {}).values()]
+    values += [parameter for parameter in module.parameters() if parameter.requires_grad] * 2
+    size = sum(value.numel() * value.element_size() for value in values)
+    held = sum(path.stat().st_size for path in state.rglob("*") if path.is_file())
+    refuse_without_room(state.parent, (keep + 1) * size - held, f"{keep + 1} states of the run")
 
 
 def rehearse(

@@ -7,12 +7,10 @@ appended. A kernel lock on the file keeps an orphan of a killed run from writing
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
@@ -21,8 +19,8 @@ import numpy as np
 import rfc8785
 from jaxtyping import Int32, UInt8, UInt16
 
-from shared.artifact import fsync_folder
-from shared.errors import CorruptError, DiskFullError, InputMissingError, LockedError, SpecMismatchError, UsageError
+from shared.artifact import fsync_folder, full_disk_is_named
+from shared.errors import CorruptError, InputMissingError, LockedError, SpecMismatchError, UsageError
 from shared.merkle import row_digest
 from shared.region_layout import ABSENT, Layout, SampleRow, quarter
 from shared.region_record import FRAME_BYTES, Entry, Sample, describe_frame, detections_digest, frame, unframe
@@ -287,17 +285,3 @@ def read_done(path: Path, layout: Layout, shard: int) -> list[Entry]:
     if not whole or [entry.line.row for entry in entries] != list(rows):
         raise CorruptError(f"{path}: damaged", hint="delete it: the same command computes its shard again")
     return entries
-
-
-@contextmanager
-def full_disk_is_named(folder: Path, wanted_bytes: int) -> Iterator[None]:
-    """Turn a full disk into the error that says so."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise DiskFullError(
-            f"{folder}: disk full, {wanted_bytes} bytes more were needed",
-            hint="make room, then run the same command: it continues",
-        ) from None

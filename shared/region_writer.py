@@ -27,7 +27,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import rfc8785
 
-from shared.artifact import file_sha256, fsync_folder, write_atomic
+from shared.artifact import file_sha256, fsync_folder, full_disk_is_named, write_atomic
 from shared.errors import CorruptError, SpecMismatchError, UsageError
 from shared.merkle import array_root, merkle_root, row_digest
 from shared.region_arrays import ShardedArray, create_arrays, create_detections, shard_path
@@ -36,7 +36,6 @@ from shared.region_journal import (
     LAYOUT,
     ShardJournal,
     done_path,
-    full_disk_is_named,
     open_layout,
     read_done,
 )

@@ -12,6 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -64,13 +65,15 @@ class RunLog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._end_bar()
-        if kind is not None and kind.__name__ not in _UNSAVED_ERRORS:
-            self._write("error", "".join(traceback.format_exception(kind, error, trace)).rstrip())
-        elif error is not None:
-            self._write("info", f"stopped: {error or kind}")
+        with suppress(OSError):  # a full disk must not stand before the error that tells of it
+            if kind is not None and kind.__name__ not in _UNSAVED_ERRORS:
+                self._write("error", "".join(traceback.format_exception(kind, error, trace)).rstrip())
+            elif kind is not None:
+                self._write("info", f"stopped: {str(error) or kind.__name__}")
         for file in (self._log, self._metrics):
             if file is not None:
-                file.close()
+                with suppress(OSError) if error is not None else nullcontext():
+                    file.close()
         self._log = self._metrics = None
         for events in (self._events or {}).values():
             events.close()

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import rfc8785
 
-from shared.artifact import CARD, Card, Input, read_card, spec_digest, write_atomic
+from shared.artifact import CARD, Card, Input, fsync_folder, read_card, spec_digest, write_atomic
 from shared.errors import CorruptError, SpecMismatchError, UsageError
 from shared.lease import LEASE, lease_holder
 
@@ -48,6 +48,8 @@ def begin(
     if status == "done":
         return status, card
     (out / "run").mkdir(exist_ok=True)
+    for folder in (out, out.resolve().parent):  # else a power cut could take away all that is synced in them
+        fsync_folder(folder)
     write_atomic(out / "resolved.yaml", resolved.encode())
     write_atomic(out / SPEC, rfc8785.dumps(_wanted(kind, inputs, spec)))
     return status, None

@@ -9,20 +9,20 @@ from __future__ import annotations
 import logging
 import signal
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import CancelledError
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 from shared.errors import InputMissingError, InterruptedRun
-from stage1_localize.shard import ShardTask, read_state, run_shard
+from stage1_localize.shard import ShardTask, Standstill, run_shard
 
 CONNECT_S = 30
 """How long to wait for a scheduler to answer, in seconds."""
 
 _POLL_S = 0.5
 _WINDOW = 2
-_MODELS_DIE_MAX = 3
 
 
 def run_on_dask(
@@ -31,6 +31,7 @@ def run_on_dask(
     workers: int | Literal["auto"],
     scheduler: str | None,
     poll: Callable[[list[int]], bool],
+    say: Callable[[str], None] = lambda text: None,
 ) -> Iterator[dict[str, Any]]:
     """Run tasks and yield what they return, in the order of completion.
 
@@ -39,30 +40,32 @@ def run_on_dask(
         workers: Processes of the local cluster; ``auto``: one a core. Unused with ``scheduler``.
         scheduler: Address or scheduler file of a running cluster, or None.
         poll: Called twice a second with the shards in flight; False: submit no more. May raise to end the run.
+        say: Told once that there is no worker, which may be so until one joins.
 
     Raises:
         InputMissingError: The scheduler cannot be reached.
-        InterruptedRun: Workers die before they reach an image.
+        InterruptedRun: Workers die before they reach an image, or the scheduler is gone.
         Exception: What a task raised.
     """
-    import distributed
-
     with _connected(workers, scheduler, len(tasks)) as client, client.as_current():
         waiting = deque(tasks)
         running: dict[Any, ShardTask] = {}
-        deaths: dict[int, tuple[str, int]] = {}
+        standstill = Standstill()
+        alone = False
         while waiting or running:
-            window = max(1, _WINDOW * sum(client.nthreads().values()))
-            while waiting and len(running) < window:
-                task = waiting.popleft()
-                running[client.submit(run_shard, task, pure=False)] = task
-            try:
-                done = distributed.wait(list(running), timeout=_POLL_S, return_when="FIRST_COMPLETED").done
-            except TimeoutError:
-                done = set()
+            with _scheduler_is_there():
+                threads = sum(client.nthreads().values())
+                if not threads and not alone:
+                    say("the Dask scheduler has no worker: waiting until one joins")
+                    alone = True
+                window = max(1, _WINDOW * threads)
+                while waiting and len(running) < window:
+                    task = waiting.popleft()
+                    running[client.submit(run_shard, task, pure=False)] = task
+                done = _ended(running)
             for future in done:
                 task = running.pop(future)
-                result = _result(future, task, deaths)
+                result = _result(future, task, standstill)
                 future.release()
                 if result is None:
                     waiting.appendleft(task)
@@ -72,28 +75,45 @@ def run_on_dask(
                 waiting.clear()
 
 
-def _result(future: Any, task: ShardTask, deaths: dict[int, tuple[str, int]]) -> dict[str, Any] | None:
+def _ended(running: Iterable[Any]) -> set[Any]:
+    """Futures that have ended by now, or within half a second; of a lost scheduler, none ever would."""
+    import distributed
+
+    try:
+        done: set[Any] = distributed.wait(list(running), timeout=_POLL_S, return_when="FIRST_COMPLETED").done
+    except TimeoutError:
+        return set()
+    return done
+
+
+@contextmanager
+def _scheduler_is_there() -> Iterator[None]:
+    """Name the one thing that can be wrong where the scheduler is only asked."""
+
+    try:
+        yield
+    except (OSError, CancelledError):
+        raise InterruptedRun(
+            "the Dask scheduler does not answer any more; finished images are kept",
+            hint="start it and its workers again, then run the same command: it continues",
+        ) from None
+
+
+def _result(future: Any, task: ShardTask, standstill: Standstill) -> dict[str, Any] | None:
     """What a finished future holds; None if its task must be submitted again."""
     from distributed.scheduler import KilledWorker
 
     if future.status == "finished":
-        result: dict[str, Any] = future.result()
+        with _scheduler_is_there():
+            result: dict[str, Any] = future.result()
         return result
     if future.status in ("lost", "cancelled"):
         return None
     error = future.exception()
     if not isinstance(error, KilledWorker):
         raise error
-    # Dask gave the task up after several deaths. Each death narrows down the image, so as long as the state
-    # moves it goes back; a state that stands still says that workers die before any image.
-    state = repr(read_state(Path(task.folder), task.shard))
-    before, count = deaths.get(task.shard, ("", 0))
-    deaths[task.shard] = state, count + 1 if state == before else 1
-    if deaths[task.shard][1] >= _MODELS_DIE_MAX:
-        raise InterruptedRun(
-            f"shard {task.shard}: its workers die before they reach an image",
-            hint="most likely memory: fewer workers (--set workers=1) or a smaller micro_batch",
-        )
+    # Dask gave the task up after several deaths. Each narrows down the image, so the task goes back.
+    standstill.note(task)
     return None
 
 
@@ -111,7 +131,7 @@ def _connected(workers: int | Literal["auto"], scheduler: str | None, tasks: int
                 f"scheduler {scheduler}: cannot be reached ({type(error).__name__})",
                 hint="give an address such as tcp://HOST:8786, or a scheduler file",
             ) from None
-        with client:
+        with _hushed("distributed"), client:
             yield client
         return
     from dask.system import CPU_COUNT
@@ -130,6 +150,18 @@ def _connected(workers: int | Literal["auto"], scheduler: str | None, tasks: int
         with cluster, distributed.Client(cluster, set_as_default=False) as client:
             client.register_plugin(_leave_signals_to_main())
             yield client
+
+
+@contextmanager
+def _hushed(name: str) -> Iterator[None]:
+    """Keep the tracebacks of a lost connection off the terminal; `_scheduler_is_there` tells of it in one line."""
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _leave_signals_to_main() -> Any:

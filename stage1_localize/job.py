@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import secrets
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from shared.artifact import CARD, Input, publish
+from shared.artifact import CARD, Input, publish, refuse_without_room
 from shared.config import dump_yaml
 from shared.corpus import CorpusRow, corpus_id, list_corpus, write_corpus
 from shared.decode import VERSION as DECODE_VERSION
-from shared.errors import CorruptError, DiskFullError, InterruptedRun, QuarantineError
+from shared.errors import CorruptError, InterruptedRun, QuarantineError
 from shared.images import Source, find_sources
 from shared.lease import Lease
 from shared.region_journal import LAYOUT
@@ -27,7 +26,7 @@ from shared.workspace import begin, set_aside
 from stage1_localize.config import LocalizeConfig
 from stage1_localize.fuse import VERSION as FUSE_VERSION
 from stage1_localize.parts import Parts, build_parts, resolve
-from stage1_localize.shard import STOP, ShardTask, read_state, run_shard
+from stage1_localize.shard import STOP, ShardTask, forget_trials, read_state, run_shard
 from stage1_localize.summary import write_report
 
 BEGUN = "run/store-begun"
@@ -147,10 +146,15 @@ class _Run:
         self._refuse_without_room(self.layout.samples - kept)
         (self.out / STOP).unlink(missing_ok=True)
         self.kept, self.started = kept, time.monotonic()
-        for result in self._results([self._task(shard) for shard in pending], scheduler):
-            if result["status"] == "done":
-                self.counts[result["shard"]] = (result["rows"], result["quarantined"])
-        self._stop_if_asked()
+        try:
+            for result in self._results([self._task(shard) for shard in pending], scheduler):
+                if result["status"] == "done":
+                    self.counts[result["shard"]] = (result["rows"], result["quarantined"])
+            self._stop_if_asked()
+        except (Exception, KeyboardInterrupt):
+            for shard in pending:
+                forget_trials(self.out, shard)
+            raise
 
     def finish(self, inputs: Sequence[Input], spec: dict[str, Any]) -> None:
         """Digest, report, publish."""
@@ -217,13 +221,21 @@ class _Run:
 
     def _results(self, tasks: Sequence[ShardTask], scheduler: str | None) -> Iterator[dict[str, Any]]:
         if scheduler is None and self.config.workers == 0:
+            states = [read_state(self.out, task.shard) for task in tasks]
+            if any(state.trying or state.alone for state in states):
+                from stage1_localize.isolate import run_isolated
+
+                self.log.info("an earlier run died among images: each is tried again in a process of its own")
+                yield from (run_isolated(task, self._poll) for task in tasks)
+                return
             for task in tasks:
                 watch = partial(self._watch, [task.shard])
                 yield run_shard(task, stopped=lambda: self.signals.caught is not None, between=watch)
         else:
             from stage1_localize.cluster import run_on_dask
 
-            yield from run_on_dask(tasks, workers=self.config.workers, scheduler=scheduler, poll=self._poll)
+            workers = self.config.workers
+            yield from run_on_dask(tasks, workers=workers, scheduler=scheduler, poll=self._poll, say=self.log.info)
 
     def _poll(self, running: Sequence[int]) -> bool:
         """Look at the shards in flight; False once the run has been asked to stop."""
@@ -257,12 +269,7 @@ class _Run:
 
     def _refuse_without_room(self, rows: int) -> None:
         needed = int(self.layout.bytes_max * _COMPRESSED_SHARE * rows / self.layout.samples)
-        free = shutil.disk_usage(self.out).free
-        if free < needed:
-            raise DiskFullError(
-                f"{self.out}: about {needed} bytes are needed for {rows} images, {free} are free",
-                hint="make room, then run the same command",
-            )
+        refuse_without_room(self.out, needed, f"{rows} images")
 
     def _read_back(self, done: int, total: int) -> None:
         self.log.progress(done, total, "row read back")

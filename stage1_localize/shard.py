@@ -1,8 +1,8 @@
 """What one task does: one whole shard, row by row from where its journal ends; safe to run twice or to kill.
 
-Beside the journal lies ``shard-K.state``: which rows are being tried, so that the next attempt knows what a
-worker died of. After a death its micro-batch is tried row by row; a row whose own trial dies is quarantined
-as ``worker_killed``.
+Beside the journal lies ``shard-K.state``: which rows are being tried, so that the next attempt, in this run or
+in the next, knows what a process died of. After a death its micro-batch is tried row by row; a row whose own
+trial died three times is quarantined as ``worker_killed``. Once is no proof: ``kill -9`` looks the same.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ import json
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from shared.errors import LockedError
+from shared.artifact import full_disk_is_named
+from shared.errors import InterruptedRun, LockedError
 from shared.images import Image, Source
-from shared.region_journal import JOURNAL, ShardJournal, full_disk_is_named
+from shared.region_journal import JOURNAL, ShardJournal
 from shared.region_record import Sample
 from shared.region_writer import assemble_shard
 from stage1_localize.answer import Answer, Failure, answer, read
@@ -29,6 +30,8 @@ STOP = "run/stop"
 """A file with the token of a run that has been asked to stop; workers look for it between micro-batches."""
 
 _LOCK_WAIT_S = 120.0
+_DEATHS_MAX = 3
+_STANDSTILLS_MAX = 3
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class ShardTask:
     Attributes:
         folder: The store in the making, as the workers see it.
         shard: Number of the shard.
-        token: Names this run; what an earlier run left in the state file does not count as deaths.
+        token: Names this run; its stop file holds it.
         sources: Of the shard's rows, in order.
         digests: sha256 of each source file, as the corpus lists it.
         regions: What is asked.
@@ -71,7 +74,7 @@ class ShardState:
         trying: Rows whose computation has begun; empty between micro-batches.
         alone: The rows of ``trying`` are being tried one by one.
         cleared: Rows of this micro-batch that survived their own trial.
-        deaths: Attempts of this shard in this run that ended without a word.
+        died: Row, or ``together``, of this micro-batch -> trials that ended without a word.
         done: Rows in the journal.
         quarantined: Those of them that failed, as far as this attempt has seen.
     """
@@ -80,7 +83,7 @@ class ShardState:
     trying: list[int] = field(default_factory=list)
     alone: bool = False
     cleared: list[int] = field(default_factory=list)
-    deaths: int = 0
+    died: dict[str, int] = field(default_factory=dict)
     done: int = 0
     quarantined: int = 0
 
@@ -102,16 +105,20 @@ def run_shard(
         DiskFullError: What was finished is kept.
         LockedError: A worker of an earlier run still holds the shard.
     """
-    stopped = stopped or (lambda: _stop_asked(task))
+    stopped = stopped or (lambda: stop_asked(task))
     with _opened(task) as journal:
         if not journal.assembled:
-            work = _Work(task, journal)
-            while (batch := work.next_batch()) is not None:
-                if stopped():
-                    return {"shard": task.shard, "status": "stopped"}
-                work.finish(batch)
-                if between is not None:
-                    between()
+            try:
+                work = _Work(task, journal)
+                while (batch := work.next_batch()) is not None:
+                    if stopped():
+                        return {"shard": task.shard, "status": "stopped"}
+                    work.finish(batch)
+                    if between is not None:
+                        between()
+            except (Exception, KeyboardInterrupt):
+                forget_trials(Path(task.folder), task.shard)
+                raise
         done = assemble_shard(journal)
     return {"status": "done", **asdict(done)}
 
@@ -124,6 +131,39 @@ def read_state(folder: Path, shard: int) -> ShardState:
         return ShardState()
 
 
+def forget_trials(folder: Path, shard: int) -> None:
+    """Of an attempt that ended with a word, or was ended by us: no image was its death."""
+    path, state = _state_path(folder, shard), read_state(folder, shard)
+    if not state.trying and not state.alone:
+        return
+    try:
+        path.write_text(json.dumps(asdict(replace(state, trying=[], alone=False, cleared=[], died={}))))
+    except OSError:  # a full disk; a state that is gone says no more than that nothing was tried
+        path.unlink(missing_ok=True)
+
+
+class Standstill:
+    """Tells deaths that narrow down an image, and so move the state, from deaths before any image is reached."""
+
+    def __init__(self) -> None:
+        self._seen: dict[int, tuple[str, int]] = {}
+
+    def note(self, task: ShardTask) -> None:
+        """A worker of the shard died.
+
+        Raises:
+            InterruptedRun: The state has stood still over several deaths.
+        """
+        state = repr(read_state(Path(task.folder), task.shard))
+        before, count = self._seen.get(task.shard, ("", 0))
+        self._seen[task.shard] = state, count + 1 if state == before else 1
+        if self._seen[task.shard][1] >= _STANDSTILLS_MAX:
+            raise InterruptedRun(
+                f"shard {task.shard}: its workers die before they reach an image",
+                hint="most likely memory: fewer workers (--set workers=1) or a smaller micro_batch",
+            )
+
+
 class _Work:
     """A shard being worked on: its open journal, its state, its parts (built when first needed)."""
 
@@ -134,7 +174,8 @@ class _Work:
         self.start = journal.rows.start
         self.missing = set(journal.missing)
         self.failed = {entry.line.row for entry in journal.entries() if entry.quarantine is not None}
-        self.state = self._learn_from_the_last_attempt()
+        self.state = read_state(self.folder, task.shard)
+        self._learn_from_the_last_attempt()
 
     def next_batch(self) -> range | None:
         """The first micro-batch that lacks a row."""
@@ -155,7 +196,7 @@ class _Work:
         for row, result in self._compute(batch, [row for row in batch if row not in self.failed]).items():
             if row in self.missing:
                 self._keep(row, *result)
-        self._save(trying=[], alone=False, cleared=[])
+        self._save(trying=[], alone=False, cleared=[], died={})
 
     def _try_alone(self, batch: range, rows: list[int]) -> None:
         for row in rows:
@@ -194,21 +235,22 @@ class _Work:
             self.journal.append_maps(row, sample, result.maps, result.boxes, result.scores, result.box_regions)
         self.missing.discard(row)
 
-    def _learn_from_the_last_attempt(self) -> ShardState:
-        last = read_state(self.folder, self.task.shard)
-        if last.token != self.task.token:
-            return ShardState(token=self.task.token)
+    def _learn_from_the_last_attempt(self) -> None:
+        last = self.state
         died_of = [row for row in last.trying if row in self.missing]
-        if not died_of:
-            return ShardState(token=self.task.token, deaths=last.deaths)
-        last.deaths += 1
-        # Alone and dead: that row it was. All cleared alone, yet dead together: none of them can be told apart.
-        if last.alone and (len(last.trying) == 1 or set(died_of) <= set(last.cleared)):
-            for row in died_of:
-                message = f"{self._source(row).sample_id}: the worker process died each time this image was tried"
-                self._keep(row, None, Failure("worker_killed", "worker", message))
-        last.alone = True
-        return last
+        if not died_of and (last.trying or not last.alone):
+            self.state = ShardState(token=self.task.token)
+            return
+        if died_of and last.alone:
+            # All cleared alone, yet dead together: none of them can be told apart.
+            trial = "together" if set(died_of) <= set(last.cleared) else str(died_of[0])
+            last.died[trial] = last.died.get(trial, 0) + 1
+            if last.died[trial] >= _DEATHS_MAX:
+                for row in died_of:
+                    message = f"{self._source(row).sample_id}: the process died each time this image was tried"
+                    self._keep(row, None, Failure("worker_killed", "worker", message))
+        # At once: if this process is killed before it tries anything, that is no death of these rows.
+        self._save(token=self.task.token, trying=[], alone=True)
 
     def _save(self, **changes: Any) -> None:
         for name, value in changes.items():
@@ -235,12 +277,13 @@ def _opened(task: ShardTask) -> ShardJournal:
         try:
             return ShardJournal(Path(task.folder), task.shard)
         except LockedError:
-            if time.monotonic() > until or _stop_asked(task):
+            if time.monotonic() > until or stop_asked(task):
                 raise
             time.sleep(0.2)
 
 
-def _stop_asked(task: ShardTask) -> bool:
+def stop_asked(task: ShardTask) -> bool:
+    """Whether the run that the task belongs to has been asked to stop."""
     try:
         return (Path(task.folder) / STOP).read_text() == task.token
     except FileNotFoundError:

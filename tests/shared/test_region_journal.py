@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shared import region_journal
+from shared.artifact import full_disk_is_named
 from shared.errors import DiskFullError, InputMissingError, LockedError, SpecMismatchError, UsageError
-from shared.region_journal import ShardJournal, full_disk_is_named
+from shared.region_journal import ShardJournal
 from shared.region_record import Sample
 from tests.shared.region_stores import append, begin, make_content, sample
 

@@ -1,6 +1,7 @@
 """A shard survives being cut off anywhere, and finds the image that its worker dies of."""
 
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,7 @@ def test_the_deadly_image_is_found_and_the_rest_kept(
         assert attempts < 9
     assert quarantined(task) == {5: "worker_killed", 6: "worker_killed"}
     assert done["quarantined"] == 2
-    assert attempts <= 5
+    assert attempts == 1 + 3 + 3 + 1
     healthy = make_task(tmp_path / "healthy", micro_batch=micro_batch)
     run_shard(healthy)
     shards = [Path(each.folder) / "regions.zarr" / "maps" / "c.0.0.0.0" for each in (task, healthy)]
@@ -110,15 +111,44 @@ def test_the_deadly_image_is_found_and_the_rest_kept(
     np.testing.assert_array_equal(*outs)
 
 
-def test_an_earlier_runs_end_is_no_death(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_death_is_remembered_by_the_next_run_and_one_is_no_proof(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = make_task(tmp_path)
+    for run in ("t", "u", "v"):
+        assert attempt(replace(task, token=run), {5}, monkeypatch) is None
+    state = read_state(Path(task.folder), 0)
+    assert (state.trying, state.alone, state.cleared, state.died) == ([5], True, [4], {"5": 1})
+    assert run_shard(replace(task, token="w"))["quarantined"] == 0
+
+
+def test_dying_before_an_image_is_tried_is_no_death_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from stage1_localize import shard
+
+    task = make_task(tmp_path)
+    for _ in range(2):
+        assert attempt(task, {5}, monkeypatch) is None
+    for _ in range(9):
+        with monkeypatch.context() as patch:
+            patch.setattr(shard._Work, "_parts", lambda self: (_ for _ in ()).throw(Killed))
+            with pytest.raises(Killed):
+                run_shard(task)
+    assert read_state(Path(task.folder), 0).died == {"5": 1}
+    assert run_shard(task)["quarantined"] == 0
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_an_end_with_a_word_is_no_death(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    from stage1_localize import shard
+
     task = make_task(tmp_path)
     assert attempt(task, {5}, monkeypatch) is None
     assert read_state(Path(task.folder), 0).trying == [4, 5, 6, 7]
-    assert attempt(task, {5}, monkeypatch) is None
-    assert read_state(Path(task.folder), 0).trying == [5]
-    from dataclasses import replace
-
-    assert run_shard(replace(task, token="another"))["quarantined"] == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(shard, "answer", lambda *_: (_ for _ in ()).throw(error))
+        with pytest.raises(type(error)):
+            run_shard(task)
+    assert read_state(Path(task.folder), 0) == shard.ShardState(token="t", done=4)
 
 
 def test_images_that_only_die_together_are_all_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,7 +163,7 @@ def test_images_that_only_die_together_are_all_left_out(tmp_path: Path, monkeypa
         return plain(self, batch, regions)
 
     monkeypatch.setattr(Planted, "locate", locate)
-    for _ in range(2):
+    for _ in range(4):
         with pytest.raises(Killed):
             run_shard(task)
     assert run_shard(task)["quarantined"] == 4
@@ -155,8 +185,6 @@ def test_a_half_kept_micro_batch_gives_the_same_rows(tmp_path: Path, monkeypatch
         with pytest.raises(Killed):
             run_shard(task)
     assert kept == [0, 1, 2, 3, 4, 5]
-    from dataclasses import replace
-
     done = run_shard(replace(task, token="next"))
     other = make_task(tmp_path / "other")
     assert run_shard(other)["digest"] == done["digest"]
