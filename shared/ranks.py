@@ -164,19 +164,26 @@ def gather(value: T) -> list[T]:
 
 def from_first(make: Callable[[], T]) -> T:
     """What the first process makes, by itself, given to all; the others wait for it."""
-    global _alone
     if size() == 1:
         return make()
     held: list[Any] = [None]
     if rank() == 0:
-        _alone = True
-        try:
+        with alone():
             held[0] = make()
-        finally:
-            _alone = False
     with _peers():
         dist.broadcast_object_list(held)
     return held[0]
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Within it this process is one by itself: what it computes sums over nobody else."""
+    global _alone
+    before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before
 
 
 def wait() -> None:

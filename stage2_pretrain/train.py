@@ -265,7 +265,8 @@ def _train(run: Run, log: RunLog) -> tuple[Tally, Fitted]:
                 log.picture(done, "image, coverage, mask, reconstruction", strip)
 
     def strip() -> Any:
-        return draw_strip(method, latest[0], grid, normalise=run.normalise, restore=run.restore)
+        with ranks.alone():  # only the first of several processes draws it
+            return draw_strip(method, latest[0], grid, normalise=run.normalise, restore=run.restore)
 
     fitted = fit(
         method,
