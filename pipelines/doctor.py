@@ -236,6 +236,17 @@ def _xformers() -> Check:
     return Check("xformers", "ok", f"{found}, used on a GPU only: it has no CPU kernel")
 
 
+def _tensorboard() -> Check:
+    found = _version("tensorboard")
+    if found is None:
+        remedy = "pip install 'mask-what-matters[tensorboard]'"
+        return Check("tensorboard", "absent", "not installed", "tensorboard, for curves in run/tb", remedy)
+    from shared.events import Events
+
+    Events(Path())  # its protobuf must fit the one installed
+    return Check("tensorboard", "ok", found)
+
+
 def _chromium() -> Check:
     import shutil
 
@@ -284,5 +295,5 @@ def _recipes() -> Check:
 
 INSTALLATION_CHECKS: tuple[Callable[[], Check], ...] = (
     _python, _shared, _tests, _requirements, _torch, _timm, _zarr, _lite, _lite_medsam, _minilm, _template, _recipes,
-    _dicom, _groundingdino, _onnx, _triton, _xformers, _chromium,
+    _dicom, _groundingdino, _onnx, _triton, _xformers, _tensorboard, _chromium,
 )  # fmt: skip

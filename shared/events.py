@@ -17,7 +17,7 @@ class Events:
         folder: Created with the first event.
 
     Raises:
-        ImportError: TensorBoard is not installed.
+        ModuleNotFoundError: TensorBoard is not installed.
     """
 
     def __init__(self, folder: Path) -> None:

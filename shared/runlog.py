@@ -176,9 +176,11 @@ class RunLog:
         if self._events is not None and name not in self._events:
             try:
                 self._events[name] = Events(self.out / FOLDER / name)
-            except ImportError:
+            except Exception as error:  # its protobuf may not fit: an optional part never stops a run
                 self._events = None
-                self.info("TensorBoard is not installed: no run/tb; pip install 'mask-what-matters[tensorboard]'")
+                absent = isinstance(error, ModuleNotFoundError)
+                why = "is not installed" if absent else f"cannot be loaded ({type(error).__name__})"
+                self.info(f"TensorBoard {why}: no run/tb; pip install 'mask-what-matters[tensorboard]'")
         return None if self._events is None else self._events[name]
 
     def _open_metrics(self) -> None:

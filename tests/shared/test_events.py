@@ -72,6 +72,17 @@ def test_without_tensorboard_a_run_says_so_once_and_goes_on(tmp_path: Path, monk
     assert not (tmp_path / "run/tb").exists()
 
 
+def test_a_tensorboard_that_does_not_fit_stops_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unfit(folder: Path) -> None:
+        raise TypeError("Descriptors cannot be created directly")
+
+    monkeypatch.setattr("shared.runlog.Events", unfit)
+    stream = io.StringIO()
+    with RunLog(tmp_path, stream=stream) as log:
+        log.metric(1, loss=0.5)
+    assert stream.getvalue().startswith("TensorBoard cannot be loaded (TypeError): no run/tb")
+
+
 def test_progress_alone_writes_no_events(tmp_path: Path) -> None:
     with RunLog(tmp_path, stream=io.StringIO()) as log:
         log.progress(1, 2, "image", img_per_s=3.0)
