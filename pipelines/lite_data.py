@@ -36,7 +36,7 @@ from stage1_localize.grounders.lite_head import LiteHead
 from stage1_localize.grounders.lite_text import MODEL_SHA256, Vocabulary, encode_text, fold
 from stage1_localize.segmenters.lite_medsam import ENCODER_KEY, WEIGHTS_SHA256, LiteMedSam
 
-SETTINGS = FitSettings(mix={"br35h": 2, "cxrlung": 1, "bccd": 2, "template": 1}, steps=1700)
+SETTINGS = FitSettings(mix={"br35h": 2, "cxrlung": 1, "bccd": 2, "template": 1}, steps=2200)
 SEED = 1
 NEAR_POSITIVE = 0.55
 """A foreign string this near (cosine) to a taught one is not taught as absent."""
