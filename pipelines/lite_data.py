@@ -13,7 +13,7 @@ import hashlib
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
 from itertools import chain
@@ -25,8 +25,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipelines.lite_baselines import best_threshold, mean_box
-from pipelines.lite_examples import as_example, cached_encode, truth_map
-from pipelines.lite_pictures import BLOOD, Picture, mirrored, pictures, template_pictures
+from pipelines.lite_pictures import BLOOD, SIDES, mirrored, pictures, template_pictures
 from pipelines.lite_words import CONCEPTS, FOREIGN, NEAR, REFUSED, UNSEEN
 from stage1_localize.contracts import Batch
 from stage1_localize.evaluate import Answerer, Case, answer_with, evaluate
@@ -34,6 +33,7 @@ from stage1_localize.fit import Example, FitSettings, fit_head
 from stage1_localize.grounders.lite import Card, Concept, Lite, build_head
 from stage1_localize.grounders.lite_head import LiteHead
 from stage1_localize.grounders.lite_text import MODEL_SHA256, Vocabulary, encode_text, fold
+from stage1_localize.pictures import as_case, as_example, cached_encode
 from stage1_localize.segmenters.lite_medsam import ENCODER_KEY, WEIGHTS_SHA256, LiteMedSam
 
 SETTINGS = FitSettings(mix={"br35h": 2, "cxrlung": 1, "bccd": 2, "template": 1}, steps=2200)
@@ -56,7 +56,10 @@ def examples(data: Path, cache: Path) -> list[Example]:
     found = []
     for picture in chain(pictures(data, "train"), template_pictures("train")):
         views = [picture, mirrored(picture)] if picture.source in ("br35h", "template") else [picture]
-        found += [as_example(view, cached_encode(view.image, cache)) for view in views]
+        found += [
+            as_example(view, cached_encode(view.image, cache), lateral=SIDES, turns=view.source == "bccd")
+            for view in views
+        ]
     return found
 
 
@@ -69,21 +72,6 @@ def taught_foreign() -> list[str]:
     """Foreign strings that lie far enough from every taught wording to be taught as absent."""
     known = np.stack([encode_text(text)[0] for texts in taught().values() for text in texts])
     return [text for text in map(fold, FOREIGN) if float((known @ encode_text(text)[0]).max()) < NEAR_POSITIVE]
-
-
-def as_cases(found: Iterable[Picture]) -> list[Case]:
-    """Pictures as evaluation sees them: truth in the map frame."""
-    return [
-        Case(
-            group=picture.group,
-            image=picture.image,
-            masks={name: truth_map(mask) for name, mask in picture.masks.items()},
-            boxes=picture.boxes,
-            absent=picture.absent,
-            ignore=None if picture.ignore is None else truth_map(picture.ignore),
-        )
-        for picture in found
-    ]
 
 
 def from_cache(cache: Path) -> Callable[[Case], Batch]:
@@ -167,11 +155,11 @@ def _candidates(name: str, concept: Concept) -> list[Concept]:
 def score(card: Card, head: LiteHead, data: Path, cache: Path) -> dict[str, Any]:
     """The whole evaluation: taught and unseen wordings on ``val`` and held-out slices, beside two baselines."""
     sets = {
-        "val": as_cases(pictures(data, "val")),
-        "template held-out": as_cases(template_pictures("held-out")),
-        "template all": as_cases(template_pictures("all")),
+        "val": list(map(as_case, pictures(data, "val"))),
+        "template held-out": list(map(as_case, template_pictures("held-out"))),
+        "template all": list(map(as_case, template_pictures("all"))),
     }
-    train = as_cases(chain(pictures(data, "train"), template_pictures("train")))
+    train = list(map(as_case, chain(pictures(data, "train"), template_pictures("train"))))
     rng = np.random.default_rng(SEED)
     train = [train[i] for i in sorted(rng.permutation(len(train))[:300])]
     lite = answer_with(Lite(Lite.Options(), (card, head)), LiteMedSam(LiteMedSam.Options()), from_cache(cache))
@@ -257,7 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             report=lambda step, loss: print(f"step {step} loss {loss:.4f}", file=sys.stderr),
         )
         save_file(state, weights)
-        val = as_cases(pictures(given.data, "val"))
+        val = list(map(as_case, pictures(given.data, "val")))
         counts = Counter(example.source for example in fitted)
         card = choose_routes(first_card(weights, counts, given.seed), build_head(state), val, given.cache)
     card_path.write_text(card.model_dump_json(indent=1) + "\n", encoding="utf-8")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -14,6 +13,7 @@ from scipy import ndimage
 
 from pipelines.lite_words import CONCEPTS
 from pipelines.template import TemplateSlice, template_slices
+from stage1_localize.pictures import Picture
 
 SETS = ("br35h", "cxrlung", "bccd")
 BLOOD = {"WBC": "white blood cell", "RBC": "red blood cell", "Platelets": "platelet"}
@@ -25,29 +25,6 @@ BLOCK = 8
 GAP = 2
 TISSUE_MIN_PX = 30
 """A slice with fewer pixels (mm2) of a tissue neither has nor lacks it."""
-
-
-@dataclass(frozen=True)
-class Picture:
-    """One labelled image in its own frame; a concept in no field is unknown.
-
-    Attributes:
-        source: Name of the set.
-        group: What must stay on one side of a split.
-        image: Float32, [0, 1].
-        masks: Concept -> share of each pixel, [0, 1]; no mask where only boxes are known.
-        boxes: Concept -> half-open boxes in px.
-        absent: Concepts that are not there.
-        ignore: 1 where the masks' truth is unknown.
-    """
-
-    source: str
-    group: str
-    image: Float32[np.ndarray, "C H W"]
-    masks: dict[str, Float32[np.ndarray, "H W"]] = field(default_factory=dict)
-    boxes: dict[str, Float32[np.ndarray, "n 4"]] = field(default_factory=dict)
-    absent: frozenset[str] = frozenset()
-    ignore: Float32[np.ndarray, "H W"] | None = None
 
 
 def pictures(data: Path, split: str) -> Iterator[Picture]:

@@ -105,9 +105,10 @@ def fit_head(
     settings: FitSettings,
     *,
     seed: int,
+    start: Mapping[str, Tensor] | None = None,
     report: Callable[[int, float], None] = lambda step, loss: None,
 ) -> dict[str, Tensor]:
-    """Fit a head from scratch.
+    """Fit a head.
 
     Args:
         examples: Training images; every source of the mix has at least one.
@@ -116,7 +117,8 @@ def fit_head(
         encode_text: Unit vectors of a wording, sentence first.
         settings: Batch mix, steps, optimiser.
         seed: Of the initial weights and of every draw.
-        report: Called with the step and its loss.
+        start: State of a `LiteHead` to begin with; None: from scratch.
+        report: Called with the step and its loss; what it raises ends the fit.
 
     Returns:
         The state of a `LiteHead`, float32.
@@ -134,6 +136,8 @@ def fit_head(
     texts = [*foreign, *(text for wordings in concepts.values() for text in wordings)]
     vectors = {text: torch.from_numpy(encode_text(text).copy()) for text in dict.fromkeys(texts)}
     head = LiteHead().train()
+    if start is not None:
+        head.load_state_dict(dict(start))
     optimiser = torch.optim.AdamW(head.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _rate(step, settings))
     for step in range(settings.steps):
@@ -171,13 +175,15 @@ def augment(example: Example, rng: np.random.Generator) -> Example:
 
     boxes = {name: _move_boxes(b, mirror, turns, down, right) for name, b in example.boxes.items()}
     gone = example.lateral if mirror else frozenset()
+    # A mirrored left kidney passes for a right one: where there is one side, the other is no longer absent.
+    unsure = gone if gone & example.masks.keys() else frozenset()
     return Example(
         source=example.source,
         group=example.group,
         embedding=move(example.embedding),
         pixels=move(example.pixels),
         masks={name: move(mask) for name, mask in example.masks.items() if name not in gone},
-        absent=example.absent,
+        absent=example.absent - unsure,
         boxes={name: b for name, b in boxes.items() if name not in gone},
         ignore=None if example.ignore is None else move(example.ignore),
         lateral=example.lateral,

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from pipelines.lite_examples import as_example, truth_map
 from pipelines.lite_pictures import BLOCK, GAP, mirrored, pictures, template_pictures
 from pipelines.lite_words import CONCEPTS, FOREIGN, NEAR, REFUSED, UNSEEN
 from stage1_localize.grounders.lite_text import fold
+from stage1_localize.pictures import as_example, truth_map
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -70,7 +70,6 @@ def test_an_example_s_truth_lies_on_the_padded_input(by_source):
     for name, boxes in picture.boxes.items():
         assert np.allclose(example.boxes[name], boxes / 10, atol=1e-4), "640 px are 64 cells"
         assert not example.masks[name][100:].any(), "no cell lies in the padding"
-    assert example.turns
 
 
 def test_held_out_blocks_are_no_neighbours_of_training_blocks():

@@ -100,7 +100,7 @@ def test_an_empty_wording_is_an_error():
 
 @pytest.mark.slow
 def test_grey_and_white_matter_are_told_apart_by_words(piece, brain):
-    from pipelines.lite_examples import truth_map
+    from stage1_localize.pictures import truth_map
 
     found = Lite(Lite.Options()).locate(brain, regions("brain", "gray matter", "white matter"))[0]
     maps = dict(zip(found.region.tolist(), found.probability, strict=True))

@@ -1,9 +1,10 @@
-"""Pictures as the fit sees them: cached embeddings, and truth in the frame of the padded square input."""
+"""Labelled pictures, and how the fit and the evaluation of a head see them: embeddings, truth in their frames."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,8 @@ import torch
 from jaxtyping import Bool, Float32, UInt8
 from torch.nn import functional as F
 
-from pipelines.lite_pictures import SIDES, Picture
 from stage1_localize.contracts import MAP_SIZE_PX
+from stage1_localize.evaluate import Case
 from stage1_localize.fit import Example
 from stage1_localize.grounders.lite_head import CELLS, MASK_CELLS
 from stage1_localize.segmenters.lite_medsam import (
@@ -25,8 +26,45 @@ from stage1_localize.segmenters.lite_medsam import (
 )
 
 
-def as_example(picture: Picture, encoded: Encoded) -> Example:
-    """A picture in the frame of the padded input, for fitting."""
+@dataclass(frozen=True)
+class Picture:
+    """One labelled image in its own frame; a concept in no field is unknown.
+
+    Attributes:
+        source: Name of the set.
+        group: What must stay on one side of a split.
+        image: Float32, [0, 1].
+        masks: Concept -> share of each pixel, [0, 1]; no mask where only boxes are known.
+        boxes: Concept -> half-open boxes in px.
+        absent: Concepts that are not there.
+        ignore: 1 where the masks' truth is unknown.
+    """
+
+    source: str
+    group: str
+    image: Float32[np.ndarray, "C H W"]
+    masks: dict[str, Float32[np.ndarray, "H W"]] = field(default_factory=dict)
+    boxes: dict[str, Float32[np.ndarray, "n 4"]] = field(default_factory=dict)
+    absent: frozenset[str] = frozenset()
+    ignore: Float32[np.ndarray, "H W"] | None = None
+
+
+def as_case(picture: Picture) -> Case:
+    """A picture as the evaluation sees it: truth in the map frame."""
+    return Case(
+        group=picture.group,
+        image=picture.image,
+        masks={name: truth_map(mask) for name, mask in picture.masks.items()},
+        boxes=picture.boxes,
+        absent=picture.absent,
+        ignore=None if picture.ignore is None else truth_map(picture.ignore),
+    )
+
+
+def as_example(
+    picture: Picture, encoded: Encoded, *, lateral: frozenset[str] = frozenset(), turns: bool = False
+) -> Example:
+    """A picture in the frame of the padded input, for fitting; ``lateral`` and ``turns`` as `Example` has them."""
     pixels, height_px, width_px = letterbox(picture.image)
     scale = np.tile(encoded.scale_xy, 2) * (CELLS / INPUT_SIZE_PX)
     boxes = {name: (b * scale).astype(np.float32) for name, b in picture.boxes.items()}
@@ -41,8 +79,8 @@ def as_example(picture: Picture, encoded: Encoded) -> Example:
         absent=picture.absent,
         boxes=boxes,
         ignore=None if picture.ignore is None else _to_cells(picture.ignore, height_px, width_px),
-        lateral=SIDES,
-        turns=picture.source == "bccd",
+        lateral=lateral,
+        turns=turns,
     )
 
 
