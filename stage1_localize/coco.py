@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeGuard
 
 from shared.config import digest
 from shared.errors import InputMissingError, UsageError
@@ -218,7 +218,7 @@ class _Reader:
         found: dict[int, Labelled] = {}
         taken: dict[str, int] = {}
         for where, row in self._rows("images", "image"):
-            number, name, sides = row.get("id"), row.get("file_name"), (row.get("width"), row.get("height"))
+            number, name, width, height = (row.get(key) for key in ("id", "file_name", "width", "height"))
             if not _whole(number):
                 self.problems.append(f"{where}: expected a whole number as id")
                 continue
@@ -228,8 +228,8 @@ class _Reader:
             if not isinstance(name, str) or not name:
                 self.problems.append(f"{where}: no file_name")
                 continue
-            if not all(_whole(side) and side > 0 for side in sides):
-                self.problems.append(f"{where}: width and height {_shown(sides[0])} x {_shown(sides[1])}")
+            if not (_whole(width) and _whole(height) and width > 0 and height > 0):
+                self.problems.append(f"{where}: width and height {_shown(width)} x {_shown(height)}")
                 continue
             if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\0" in name:
                 self.problems.append(f"{where}: file_name is not a path inside the images' folder")
@@ -243,7 +243,7 @@ class _Reader:
             if first != number:
                 self.problems.append(f"{where}: the same file_name as image {first}")
                 continue
-            found[number] = Labelled(number, source, *sides)
+            found[number] = Labelled(number, source, width, height)
         if not self.body["images"]:
             self.problems.append("no image")
         return found
@@ -344,7 +344,7 @@ def _finite(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _whole(value: Any) -> bool:
+def _whole(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 

@@ -14,7 +14,8 @@ from stage1_localize.contracts import MAP_SIZE_PX, Region
 from stage1_localize.prompts import parse_regions
 
 
-def _one_or_many(value: Any) -> Any:
+def one_or_many(value: Any) -> Any:
+    """A bare text is a list of one."""
     return (value,) if isinstance(value, str) else value
 
 
@@ -33,7 +34,7 @@ class PartConfig(Strict):
 class LocalizeConfig(Strict):
     """Text prompts and parts of a region store."""
 
-    regions: dict[str, Annotated[tuple[str, ...], BeforeValidator(_one_or_many)]] = Field(
+    regions: dict[str, Annotated[tuple[str, ...], BeforeValidator(one_or_many)]] = Field(
         description="Region name -> text, or list of texts that mean the same region."
     )
     grounder: PartConfig = Field(PartConfig(name="lite"), description="Part that finds regions by text.")

@@ -14,6 +14,8 @@ from torch.nn import functional as F
 
 from stage1_localize.grounders.lite_head import CELLS, MASK_CELLS, Answer, LiteHead
 
+VERSION = 1
+"""Raised when equal examples, words, settings and seed give other weights."""
 IGNORE_MIN = 128
 """An ``ignore`` value from here on takes a mask cell out of the mask loss."""
 SHIFT_MAX_CELLS = 6

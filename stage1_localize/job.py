@@ -25,7 +25,7 @@ from shared.signals import Signals
 from shared.workspace import begin, set_aside
 from stage1_localize.config import LocalizeConfig
 from stage1_localize.fuse import VERSION as FUSE_VERSION
-from stage1_localize.parts import Parts, build_parts, resolve
+from stage1_localize.parts import Parts, build_parts, for_workers, resolve
 from stage1_localize.shard import STOP, ShardTask, forget_trials, read_state, run_shard
 from stage1_localize.summary import write_report
 
@@ -72,7 +72,7 @@ def localize(
         set_aside(out)
     with Lease(out):
         corpus = list_corpus(sources)
-        inputs = [Input(role="images", kind="corpus", artifact_id=corpus_id(corpus))]
+        inputs = inputs_of(corpus, parts)
         grid = (config.grid_px, config.grid_px)
         rows_per_shard = plan_rows_per_shard(len(corpus), len(config.regions), grid)
         config = config.model_copy(update={"micro_batch": even_micro_batch(config.micro_batch, rows_per_shard)})
@@ -85,6 +85,11 @@ def localize(
                     run.compute(scheduler)
                     run.finish(inputs, spec)
     return open_region_store(out)
+
+
+def inputs_of(corpus: Sequence[CorpusRow], parts: Parts) -> list[Input]:
+    """What a store is made from: the images, and artifacts that the parts bring."""
+    return [Input(role="images", kind="corpus", artifact_id=corpus_id(corpus)), *parts.inputs]
 
 
 def specify(config: LocalizeConfig, parts: Parts) -> dict[str, Any]:
@@ -125,6 +130,7 @@ class _Run:
     ) -> None:
         self.config, self.parts, self.out, self.log, self.command = config, parts, out, log, command
         self.sources, self.corpus = sources, corpus
+        self.grounder = for_workers(config.grounder)
         self.token = secrets.token_hex(8)
         self.layout = self._create()
         self.counts: dict[int, tuple[int, int]] = {}
@@ -212,7 +218,7 @@ class _Run:
             sources=tuple(self.sources[rows.start : rows.stop]),
             digests=tuple(row.source_sha256 for row in self.corpus[rows.start : rows.stop]),
             regions=self.config.asked(),
-            grounder=self.config.grounder,
+            grounder=self.grounder,
             segmenter=self.config.segmenter,
             parts_digest=self.parts.digest,
             grid_px=self.config.grid_px,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from shared.artifact import Input
 from shared.config import digest
 from shared.errors import ConfigError, IncompatibleError
 from shared.heap import keep_freed_memory
@@ -29,6 +30,12 @@ class Parts:
     def digest(self) -> str:
         """Equal digests answer equally."""
         return digest(self.described)
+
+    @property
+    def inputs(self) -> list[Input]:
+        """Artifacts that answers come from, such as a grounder's head."""
+        inputs = getattr(self.grounder, "inputs", None)  # optional: most parts bring their own weights
+        return [] if inputs is None else list(inputs())
 
 
 def build_parts(grounder: PartConfig, segmenter: PartConfig, regions: Sequence[Region]) -> Parts:
@@ -59,12 +66,20 @@ def build_parts(grounder: PartConfig, segmenter: PartConfig, regions: Sequence[R
 
 
 def resolve(config: LocalizeConfig) -> LocalizeConfig:
-    """The configuration with every option of both parts spelled out, as ``resolved.yaml`` keeps it."""
+    """The configuration with every option of both parts spelled out and pinned, as ``resolved.yaml`` keeps it."""
     filled = {}
     for kind, part, table in (("grounder", config.grounder, GROUNDERS), ("segmenter", config.segmenter, SEGMENTERS)):
         options = part_options(kind, part, table.load(part.name))
+        options = getattr(options, "pinned", lambda given=options: given)()
         filled[kind] = PartConfig(name=part.name, options=options.model_dump(mode="json"))
     return config.model_copy(update=filled)
+
+
+def for_workers(part: PartConfig) -> PartConfig:
+    """A grounder's configuration whose paths mean the same in every folder."""
+    options = part_options("grounder", part, GROUNDERS.load(part.name))
+    anywhere = getattr(options, "anywhere", None)
+    return part if anywhere is None else PartConfig(name=part.name, options=anywhere().model_dump(mode="json"))
 
 
 def parts_of_this_process(

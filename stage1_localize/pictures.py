@@ -86,9 +86,8 @@ def as_example(
 
 def cached_encode(image: Float32[np.ndarray, "C H W"], cache: Path) -> Encoded:
     """An image's embedding, float16 on disk under the digest of the padded input and the encoder's weights."""
-    pixels, height_px, width_px = letterbox(image)
-    name = hashlib.sha256(WEIGHTS_SHA256.encode() + pixels.contiguous().numpy().tobytes()).hexdigest()[:32]
-    path = cache / f"{name}.npy"
+    _, height_px, width_px = letterbox(image)
+    path = cache_path(image, cache)
     if not path.is_file():
         cache.mkdir(parents=True, exist_ok=True)
         embedding = encode_image(load_model(), image).embedding
@@ -98,6 +97,12 @@ def cached_encode(image: Float32[np.ndarray, "C H W"], cache: Path) -> Encoded:
         partial.replace(path)
     embedding = torch.from_numpy(np.load(path)).float()
     return Encoded(embedding, height_px, width_px, *image.shape[1:])
+
+
+def cache_path(image: Float32[np.ndarray, "C H W"], cache: Path) -> Path:
+    """Where `cached_encode` keeps an image's embedding."""
+    padded = letterbox(image)[0].contiguous().numpy().tobytes()
+    return cache / f"{hashlib.sha256(WEIGHTS_SHA256.encode() + padded).hexdigest()[:32]}.npy"
 
 
 def truth_map(mask: Float32[np.ndarray, "H W"]) -> Bool[np.ndarray, "256 256"]:

@@ -14,8 +14,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import UInt8
 
-from shared.artifact import Input
-from shared.corpus import CorpusRow, corpus_id, list_corpus
+from shared.corpus import CorpusRow, list_corpus
 from shared.errors import QuarantineError
 from shared.forecast import Forecast, kept_aside, peak_bytes, refuse_unusable, size, spread
 from shared.images import Image, Source, find_sources
@@ -25,7 +24,7 @@ from shared.runlog import duration
 from shared.workspace import look
 from stage1_localize.answer import Answer, Failure, answer, read
 from stage1_localize.config import LocalizeConfig
-from stage1_localize.job import even_micro_batch, specify
+from stage1_localize.job import even_micro_batch, inputs_of, specify
 from stage1_localize.parts import Parts, build_parts, resolve
 
 _LINES_BYTES = 700
@@ -82,8 +81,7 @@ def rehearse(
     standing, done = "new", 0
     if out.is_dir() and not kept_aside(out, fresh):
         corpus = list_corpus(sources)
-        inputs = [Input(role="images", kind="corpus", artifact_id=corpus_id(corpus))]
-        standing, _ = look(out, kind="region-store", inputs=inputs, spec=specify(config, parts))
+        standing, _ = look(out, kind="region-store", inputs=inputs_of(corpus, parts), spec=specify(config, parts))
         done = _rows_done(out) if standing == "continue" else len(sources) if standing == "done" else 0
     parent_bytes = peak_bytes()
     found = {"images": f"{len(sources)} found, {_formats(sources)}"}

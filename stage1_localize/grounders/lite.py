@@ -12,28 +12,25 @@ Not open grounding: a wording far from the vocabulary is refused by name. Resear
 
 from __future__ import annotations
 
-import hashlib
-import importlib.resources
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float32
-from pydantic import Field
-from safetensors.torch import load as load_safetensors
 from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional as F
 
-from shared.config import Strict
-from shared.errors import CorruptError, PromptError
+from shared.artifact import Input
+from shared.config import Strict, runtime
+from shared.errors import PromptError
 from stage1_localize.boxes import overlaps
 from stage1_localize.contracts import Batch, Detections, Region
-from stage1_localize.grounders.lite_head import CELLS, Answer, Features, LiteHead
+from stage1_localize.grounders.lite_card import Concept, Head, load_packaged, open_head
+from stage1_localize.grounders.lite_head import CELLS, Answer, Features
 from stage1_localize.grounders.lite_text import MODEL_SHA256, Vocabulary, encode_text
 from stage1_localize.segmenters.lite_medsam import IDENTITY as ENCODER_IDENTITY
 from stage1_localize.segmenters.lite_medsam import INPUT_SIZE_PX, Encoded, encode, letterbox, to_map_frame
@@ -41,30 +38,6 @@ from stage1_localize.segmenters.lite_medsam import INPUT_SIZE_PX, Encoded, encod
 CELL_PX = INPUT_SIZE_PX // CELLS
 OVERLAP_MAX = 0.5
 """Of two centre boxes that overlap more (IoU), the lower score goes."""
-
-
-class Concept(Strict):
-    """How one concept of the vocabulary is answered; part of the weights' card."""
-
-    wordings: tuple[str, ...] = Field(description="Strings that mean it.")
-    route: str = Field(pattern="^(mask|component|centre)$", description="mask, component or centre.")
-    presence_min_milli: int = Field(500, ge=0, le=1000, description="Below this presence it is not there.")
-    area_min_px: int = Field(24, ge=1, description="Smaller parts are dropped, px of the 256 px padded input.")
-    margin_px: int = Field(0, ge=0, description="Added to each side of a component box, px of the padded input.")
-    centre_min_milli: int = Field(300, ge=1, le=999, description="Peaks below this are dropped; it maps to score .5.")
-
-
-class Card(Strict):
-    """The weights' card: what they know, how it is answered, and what they were fitted on."""
-
-    name: str
-    weights_sha256: str
-    not_for_diagnosis: str
-    concepts: dict[str, Concept]
-    foreign: tuple[str, ...] = Field(description="Strings known to mean something else.")
-    data: dict[str, str] = Field(description="Training source -> what it is and its terms.")
-    fit: dict[str, Any] = Field(description="Settings, seed and software.")
-    scores: dict[str, Any] = Field(description="On held-out parts, with 95 % intervals.")
 
 
 Part = tuple[Float32[np.ndarray, "4"], float, Float32[np.ndarray, "256 256"] | None]
@@ -83,14 +56,37 @@ class Lite:
     """Finds the regions of a closed vocabulary by text, in one encoder pass an image."""
 
     class Options(Strict):
-        """There is nothing to set: thresholds belong to the weights."""
+        """Which head answers; thresholds belong to its weights."""
+
+        # Not part of the options' identity: its artifact id is an input of the store, its digests the part's own.
+        head: str | None = runtime(
+            None, "Head artifact of mwm fit-grounder, PATH or PATH@sha256:... to pin it; none: the packaged head."
+        )
+
+        def pinned(self) -> Lite.Options:
+            """With the head's digest spelled out, as ``resolved.yaml`` keeps it."""
+            if self.head is None:
+                return self
+            origin = open_head(self.head).origin
+            assert origin is not None
+            return Lite.Options(head=f"{_path(self.head)}@sha256:{origin.artifact_id}")
+
+        def anywhere(self) -> Lite.Options:
+            """With a path that a worker finds whatever its folder."""
+            if self.head is None:
+                return self
+            return Lite.Options(head=f"{Path(_path(self.head)).absolute()}{self.head[len(_path(self.head)) :]}")
 
     version = 1
 
-    def __init__(self, options: Options, parts: tuple[Card, LiteHead] | None = None) -> None:
-        """Load the packaged weights, or take a card and head that were just fitted."""
-        del options
-        self._card, self._head = parts or load_packaged()
+    def __init__(self, options: Options, head: Head | None = None) -> None:
+        """Load the packaged head or the one that is named, or take one that was just fitted.
+
+        Raises:
+            CorruptError, IncompatibleError, InputMissingError, LockedError: As `open_head`.
+        """
+        head = head or (load_packaged() if options.head is None else open_head(options.head))
+        self._card, self._head, self._origin = head.card, head.network, head.origin
         self._vocabulary = Vocabulary(
             {name: concept.wordings for name, concept in self._card.concepts.items()}, self._card.foreign
         )
@@ -110,13 +106,16 @@ class Lite:
 
     def identity(self) -> dict[str, Any]:
         """Digests of head, text model and encoder; thresholds are in the card, which the digest covers."""
-        card = json.dumps(self._card.model_dump(mode="json", include={"concepts", "foreign"}), sort_keys=True)
         return {
             "head_sha256": self._card.weights_sha256,
-            "card_sha256": hashlib.sha256(card.encode()).hexdigest(),
+            "card_sha256": self._card.rules_sha256,
             "text_sha256": MODEL_SHA256,
             "encoder": dict(ENCODER_IDENTITY),
         }
+
+    def inputs(self) -> list[Input]:
+        """Artifacts that answers come from: the head, unless it is the packaged one."""
+        return [] if self._origin is None else [self._origin]
 
     def locate(self, batch: Batch, regions: Sequence[Region]) -> list[Detections]:
         """Find every wording in every image.
@@ -181,6 +180,10 @@ class Lite:
                     )
                 asked.append(_Asked(r, t, known, self._card.concepts[self._vocabulary.concept_of[known]]))
         return asked
+
+
+def _path(reference: str) -> str:
+    return reference.partition("@sha256:")[0]
 
 
 def answer_parts(answer: Answer, concept: Concept, image: Encoded) -> list[Part]:
@@ -274,29 +277,3 @@ def _to_image(box_xyxy: Any, image: Encoded) -> Float32[np.ndarray, "4"]:
     box = np.array([x0, y0, x1, y1]) / np.tile(image.scale_xy, 2)
     limit = np.tile([image.width_image_px, image.height_image_px], 2)
     return np.minimum(box, limit).astype(np.float32)
-
-
-@cache
-def load_packaged() -> tuple[Card, LiteHead]:
-    """The shipped card and head.
-
-    Raises:
-        CorruptError: The weights are not those of the card.
-    """
-    folder = importlib.resources.files("stage1_localize").joinpath("weights")
-    card = Card.model_validate_json(folder.joinpath("lite.json").read_text(encoding="utf-8"))
-    raw = folder.joinpath("lite.safetensors").read_bytes()
-    found = hashlib.sha256(raw).hexdigest()
-    if found != card.weights_sha256:
-        raise CorruptError(
-            f"weights lite.safetensors: sha256 {found[:12]}, the card says {card.weights_sha256[:12]}",
-            hint="reinstall mask-what-matters",
-        )
-    return card, build_head(load_safetensors(raw))
-
-
-def build_head(state: dict[str, Tensor]) -> LiteHead:
-    """A head in evaluation mode with these weights."""
-    head = LiteHead()
-    head.load_state_dict({name: tensor.float() for name, tensor in state.items()})
-    return head.eval().requires_grad_(False)

@@ -23,6 +23,8 @@ from shared.errors import CorruptError
 MODEL_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 NEAR_MIN_MILLI = 500
 """A wording snaps to a known one at this cosine (in thousandths) or more."""
+FAR_MAX_MILLI = 550
+"""A foreign string this near (cosine, in thousandths) to a taught one is not taught as absent."""
 
 
 @lru_cache(maxsize=4096)
@@ -93,6 +95,12 @@ class Vocabulary:
             foreign = np.array([encode_text(text)[0] for text in self._foreign], np.float32).reshape(-1, 384)
             self._table = known, foreign
         return self._table
+
+
+def far_from(known: Sequence[str], foreign: Sequence[str]) -> list[str]:
+    """Foreign strings that lie far enough from every known one to be taught as absent."""
+    table = np.stack([encode_text(text)[0] for text in known])
+    return [text for text in foreign if float((table @ encode_text(text)[0]).max()) * 1000 < FAR_MAX_MILLI]
 
 
 def fold(text: str) -> str:

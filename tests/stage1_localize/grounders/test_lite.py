@@ -11,8 +11,9 @@ from pipelines.lite_words import REFUSED, UNSEEN
 from pipelines.template import TemplateSlice, template_slices
 from shared.errors import CorruptError, PromptError
 from stage1_localize.contracts import Batch, Region
-from stage1_localize.grounders import lite
-from stage1_localize.grounders.lite import Concept, Lite, answer_parts, load_packaged
+from stage1_localize.grounders import lite_card
+from stage1_localize.grounders.lite import Lite, answer_parts
+from stage1_localize.grounders.lite_card import Concept, load_packaged
 from stage1_localize.grounders.lite_head import Answer
 from stage1_localize.segmenters import lite_medsam
 from stage1_localize.segmenters.lite_medsam import Encoded, LiteMedSam
@@ -50,7 +51,7 @@ def regions(*texts: str) -> list[Region]:
 
 
 def test_every_concept_has_ten_wordings_and_both_spellings():
-    card, _ = load_packaged()
+    card = load_packaged().card
     assert {"tumour", "lungs", "left lung", "right lung", "brain", "grey matter", "white matter"} < set(card.concepts)
     assert {"white blood cell", "red blood cell", "platelet"} < set(card.concepts)
     assert all(len(set(concept.wordings)) >= 10 for concept in card.concepts.values())
@@ -59,7 +60,7 @@ def test_every_concept_has_ten_wordings_and_both_spellings():
 
 
 def test_the_card_pins_the_weights_and_says_what_they_are_not_for():
-    card, _ = load_packaged()
+    card = load_packaged().card
     raw = WEIGHTS.joinpath("lite.safetensors").read_bytes()
     assert hashlib.sha256(raw).hexdigest() == card.weights_sha256
     assert len(raw) < 2_000_000
@@ -152,7 +153,7 @@ def test_tampered_weights_are_refused(monkeypatch, tmp_path):
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights" / "lite.json").write_text(WEIGHTS.joinpath("lite.json").read_text(encoding="utf-8"))
     (tmp_path / "weights" / "lite.safetensors").write_bytes(b"other")
-    monkeypatch.setattr(lite.importlib.resources, "files", lambda package: tmp_path)
+    monkeypatch.setattr(lite_card.importlib.resources, "files", lambda package: tmp_path)
     with pytest.raises(CorruptError, match=r"lite\.safetensors: sha256"):
         load_packaged.__wrapped__()
 
