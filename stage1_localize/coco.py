@@ -22,7 +22,7 @@ from shared.images import Source
 from stage1_localize.outlines import Outline, area, extent, unpack_runs
 
 LABELS_BYTES_MAX = 256 << 20
-_SHOWN = 20
+_SHOWN = 100
 _ROUNDING_PX = 1.0
 """A box or outline may reach this far over the image's border: tools round differently."""
 _AGREE_MIN = 0.5
