@@ -137,11 +137,13 @@ def print_json(value: Any) -> None:
 
 def command_told() -> str:
     """The command line for provenance, with everything that may be a path or a name replaced by a placeholder."""
+    from shared.runlog import scrub
+
     words, arguments = ["mwm"], iter(sys.argv[1:])
     for word in arguments:
         option, equals, value = word.partition("=")
         if option == "--set":
-            words += ["--set", value if equals else next(arguments, "")]
+            words += ["--set", scrub(value if equals else next(arguments, ""))]
         elif word.startswith("-"):
             words.append(option)
             if equals or option in ("--level", "--scheduler") or option.removeprefix("--") in _PATHS:

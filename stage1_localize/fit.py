@@ -163,10 +163,10 @@ def augment(example: Example, rng: np.random.Generator) -> Example:
     """Shift by whole cells, mirror, and turn where the image has no up; embedding, pixels and truth alike.
 
     The encoder is only roughly equivariant, so a moved embedding is a noisy one: that too is wanted. A mirrored
-    example loses its lateral concepts.
+    example loses its lateral concepts; one that would lose all it has is not mirrored.
     """
     down, right = (int(d) for d in rng.integers(-SHIFT_MAX_CELLS, SHIFT_MAX_CELLS + 1, 2))
-    mirror = bool(rng.random() < 0.5)
+    mirror = bool(rng.random() < 0.5) and not (example.masks and example.masks.keys() <= example.lateral)
     turns = int(rng.integers(4)) if example.turns else 0
 
     def move(array: np.ndarray) -> np.ndarray:

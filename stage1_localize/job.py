@@ -20,7 +20,7 @@ from shared.region_journal import LAYOUT
 from shared.region_layout import Layout, plan_rows_per_shard
 from shared.region_writer import FINISHED, create_store, drop_journal, finalise, pending_shards
 from shared.regions import RegionStore, open_region_store
-from shared.runlog import RunLog
+from shared.runlog import RunLog, scrub
 from shared.signals import Signals
 from shared.workspace import begin, set_aside
 from stage1_localize.config import LocalizeConfig
@@ -77,7 +77,9 @@ def localize(
         rows_per_shard = plan_rows_per_shard(len(corpus), len(config.regions), grid)
         config = config.model_copy(update={"micro_batch": even_micro_batch(config.micro_batch, rows_per_shard)})
         spec = specify(config, parts)
-        status, _ = begin(out, kind="region-store", inputs=inputs, spec=spec, resolved=dump_yaml(config), fresh=fresh)
+        status, _ = begin(
+            out, kind="region-store", inputs=inputs, spec=spec, resolved=scrub(dump_yaml(config)), fresh=fresh
+        )
         if status != "done":
             with RunLog(out) as log:
                 run = _Run(config, parts, sources, corpus, out, log, command)

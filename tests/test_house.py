@@ -63,7 +63,8 @@ def test_a_file_has_one_reason_to_exist() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["localize", "--help"], ["pretrain", "--help"], ["finetune", "--help"]]
+    "arguments",
+    [["--help"], ["localize", "--help"], ["pretrain", "--help"], ["finetune", "--help"], ["fit-grounder", "--help"]],
 )
 def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
     code = (

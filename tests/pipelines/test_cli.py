@@ -275,6 +275,8 @@ def test_a_card_repeats_no_path_or_name_of_the_command(monkeypatch: pytest.Monke
     assert told.startswith("mwm localize tour --images <images> --out <out> --set regions.a=")
     assert "john" not in told
     assert "jane" not in told
+    monkeypatch.setattr(sys, "argv", ["mwm", "localize", "--set", "grounder.options.head=/srv/jane/heads/h@sha256:ab"])
+    assert command_told() == "mwm localize --set grounder.options.head=<path>/h@sha256:ab"
     monkeypatch.setattr(sys, "argv", ["mwm", "audit", "patient7", "--level", "masks"])
     assert command_told() == "mwm audit <path> --level masks"
 

@@ -107,14 +107,34 @@ def test_embedding_pixels_masks_and_boxes_move_together(seed, turns):
 
 
 def test_a_mirrored_example_loses_its_lateral_concepts():
-    given = example(lateral=frozenset({"square"}))
-    seen = [augment(given, np.random.default_rng(seed)) for seed in range(40)]
+    whole = example()
+    both = example(
+        masks=whole.masks | {"pair": whole.masks["square"]},
+        absent=frozenset({"other side", "dot"}),
+        lateral=frozenset({"square", "other side"}),
+    )
+    seen = [augment(both, np.random.default_rng(seed)) for seed in range(40)]
     mirrored = [e for e in seen if "square" not in e.masks]
     assert 5 < len(mirrored) < 35
-    assert all("square" not in e.boxes for e in mirrored)
+    assert all("square" not in e.boxes and "pair" in e.masks for e in mirrored)
+    assert all(e.absent == {"dot"} for e in mirrored), "a mirrored left side passes for a right one"
     for e in seen:
         if "square" in e.masks:  # not mirrored: the square keeps the noise to its right
             assert e.boxes["square"][0][0] - 20 in range(-6, 7)
+            assert e.absent == {"other side", "dot"}
+
+
+def test_an_example_that_holds_lateral_concepts_alone_is_never_mirrored():
+    given = example(lateral=frozenset({"square"}))
+    seen = [augment(given, np.random.default_rng(seed)) for seed in range(40)]
+    assert all(e.boxes["square"][0][0] - 20 in range(-6, 7) for e in seen)
+
+
+def test_a_fit_may_begin_with_weights():
+    start = {name: tensor + 0.01 for name, tensor in LiteHead().state_dict().items()}
+    still = replace(SETTINGS, steps=1, learning_rate=0.0, weight_decay=0.0)
+    state = fit_head([example()], CONCEPTS, FOREIGN, encode_text, still, seed=3, start=start)
+    assert all(torch.equal(state[name], start[name]) for name in start)
 
 
 def test_unknown_concepts_are_never_asked_and_absent_ones_are_absent():

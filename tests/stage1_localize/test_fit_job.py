@@ -1,0 +1,243 @@
+"""`fit_grounder` from labels to a head that `localize` uses: published, continued, done, refused.
+
+One run with the real encoder and two steps a fit; the others embed by a sum of pixels, since only their way counts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pipelines.audit import audit
+from shared.artifact import Artifact, read_card, verify
+from shared.config import load
+from shared.corpus import open_corpus
+from shared.errors import (
+    CorruptError,
+    IncompatibleError,
+    InterruptedRun,
+    LockedError,
+    PromptError,
+    QuarantineError,
+    SpecMismatchError,
+)
+from shared.lease import Lease
+from shared.merkle import tensor_digest
+from stage1_localize import fit_job, pictures
+from stage1_localize.config import LocalizeConfig
+from stage1_localize.fit_config import FitGrounderConfig
+from stage1_localize.fit_job import fit_grounder
+from stage1_localize.grounders.lite_card import RULES, WEIGHTS, open_head
+from stage1_localize.job import localize
+from stage1_localize.parts import for_workers, parts_of_this_process, resolve
+from stage1_localize.segmenters.lite_medsam import Encoded, letterbox
+from tests.stage1_localize.coco_files import write_corpus
+
+SETTINGS: dict[str, Any] = {"regions": {"square": ["bright square", "quad"]}, "steps": 2, "folds": 2, "workers": 0}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def run(folder: Path, out: str = "head", **changes: Any) -> Artifact:
+    return fit_grounder(
+        load(FitGrounderConfig, SETTINGS | changes),
+        images=folder / "images",
+        labels=folder / "coco.json",
+        out=folder / out,
+        command="mwm fit-grounder",
+    )
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    folder = tmp_path_factory.mktemp("made")
+    write_corpus(folder)
+    threads = torch.get_num_threads()
+    artifact = run(folder)
+    torch.set_num_threads(threads)
+    return artifact
+
+
+@pytest.fixture
+def copied(made: Artifact, tmp_path: Path) -> Path:
+    shutil.copytree(made.path, tmp_path / "head")
+    return tmp_path / "head"
+
+
+@pytest.fixture
+def cheap(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[bytes]:
+    """An encoder that costs nothing; the images that it was asked for."""
+    asked: list[bytes] = []
+
+    def encode_image(model: object, image: np.ndarray) -> Encoded:
+        pixels, height_px, width_px = letterbox(image)
+        asked.append(image.tobytes())
+        cells = pixels[:1].unflatten(1, (64, 4)).unflatten(3, (64, 4)).mean(dim=(2, 4))
+        return Encoded(cells.expand(256, -1, -1) * 0.1, height_px, width_px, *image.shape[1:])
+
+    monkeypatch.setattr(pictures, "encode_image", encode_image)
+    monkeypatch.setattr(pictures, "load_model", lambda: None)
+    write_corpus(tmp_path)
+    return asked
+
+
+@pytest.mark.slow
+def test_a_head_is_published_with_everything_that_belongs_to_it(made: Artifact) -> None:
+    card = read_card(made.path, "head")
+    assert card == made.card
+    assert not verify(made.path, card)
+    published = set(card.provenance.files)
+    assert {"report.html", "resolved.yaml", "quarantine.jsonl", WEIGHTS, RULES, "corpus/artifact.json"} <= published
+    assert open_corpus(made.path / "corpus")[0].artifact_id == card.identity.inputs[0].artifact_id
+    assert card.identity.outputs["images"] == 6
+    assert card.identity.spec["regions"] == [{"name": "square", "texts": ["bright square", "quad"], "outlined": True}]
+    assert "." not in json.dumps(card.identity.spec["numeric"])
+    assert card.provenance.metrics["square"]["images"] == 5
+    assert not (made.path / "run" / "embeddings").exists()
+    assert [row.verdict for row in audit(made.path).rows] == ["identical", "identical"]
+
+
+@pytest.mark.slow
+def test_the_head_s_card_says_what_it_knows_and_the_report_shows_every_image(made: Artifact) -> None:
+    head = open_head(str(made.path))
+    assert head.card.concepts["square"].wordings == ("bright square", "quad")
+    assert "knows square and nothing else" in head.card.not_for_diagnosis
+    assert "taken to hold none of it" in head.card.not_for_diagnosis
+    assert head.card.scores["square"]["groups"] == 5
+    weights = {name: tensor.numpy() for name, tensor in head.network.state_dict().items()}
+    assert tensor_digest(weights) == made.card.identity.outputs["weights"]
+    page = (made.path / "report.html").read_text(encoding="utf-8")
+    assert all(f"{number}.png" in page for number in range(6))
+    assert "square, labelled" in page
+    assert "square, answered" in page
+    assert "Not for diagnosis" in page
+
+
+@pytest.mark.slow
+def test_the_same_command_is_done_and_another_is_refused(made: Artifact) -> None:
+    folder = made.path.parent
+    assert run(folder).card == made.card
+    with pytest.raises(SpecMismatchError, match="turns"):
+        run(folder, turns=True)
+
+
+@pytest.mark.slow
+def test_lite_answers_with_the_head_and_the_store_says_so(made: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = made.path.parent
+    part = {"name": "lite", "options": {"head": str(made.path)}}
+    config = load(LocalizeConfig, {"regions": {"it": "Quad"}, "grounder": part, "workers": 0, "micro_batch": 1})
+    (folder / "one").mkdir()
+    shutil.copy(folder / "images" / "0.png", folder / "one" / "0.png")
+    store = localize(config, images=folder / "one", out=folder / "store")
+    inputs = {item.role: (item.kind, item.artifact_id) for item in store.card.identity.inputs}
+    assert inputs["head"] == ("head", made.card.artifact_id)
+    identity = store.card.identity.spec["grounder"]["identity"]
+    assert identity["head_sha256"] == hashlib.sha256((made.path / WEIGHTS).read_bytes()).hexdigest()
+    assert str(folder) not in json.dumps(store.card.identity.spec)
+    resolved = (store.path / "resolved.yaml").read_text()
+    assert f"<path>/head@sha256:{made.card.artifact_id}" in resolved
+    assert str(folder) not in resolved
+
+
+@pytest.mark.slow
+def test_words_of_the_packaged_head_are_refused_with_the_known_ones(made: Artifact) -> None:
+    part = {"name": "lite", "options": {"head": str(made.path)}}
+    config = load(LocalizeConfig, {"regions": {"it": "brain tumour"}, "grounder": part})
+    with pytest.raises(PromptError, match="'brain tumour' is not in this head's vocabulary") as caught:
+        parts_of_this_process(config.grounder, config.segmenter, config.asked(), "")
+    assert "it knows square" in (caught.value.hint or "")
+
+
+@pytest.mark.slow
+def test_a_worker_in_another_folder_finds_the_pinned_head(
+    made: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(made.path.parent)
+    config = resolve(
+        load(LocalizeConfig, {"regions": {"it": "quad"}, "grounder": {"name": "lite", "options": {"head": "head"}}})
+    )
+    assert config.grounder.options["head"] == f"head@sha256:{made.card.artifact_id}"
+    sent = for_workers(config.grounder)
+    monkeypatch.chdir(tmp_path)
+    opened = open_head(sent.options["head"])
+    assert opened.origin is not None
+    assert opened.origin.artifact_id == made.card.artifact_id
+
+
+@pytest.mark.slow
+def test_a_head_that_is_not_what_was_published_is_never_used(copied: Path, made: Artifact) -> None:
+    with pytest.raises(IncompatibleError, match="pinned"):
+        open_head(f"{copied}@sha256:{'0' * 64}")
+    with pytest.raises(IncompatibleError, match="expected kind 'head'"):
+        open_head(str(copied / "corpus"))
+    for name in (WEIGHTS, RULES):
+        kept = (copied / name).read_bytes()
+        flipped = bytearray(kept)
+        flipped[len(flipped) // 2] ^= 1
+        (copied / name).write_bytes(flipped)
+        with pytest.raises(CorruptError, match=Path(name).name):
+            open_head(str(copied))
+        assert audit(copied).exit_code == 4
+        (copied / name).write_bytes(kept)
+    (copied / "artifact.json").unlink()
+    with pytest.raises(IncompatibleError, match="not published"):
+        open_head(str(copied))
+
+
+@pytest.mark.slow
+def test_a_stopped_run_continues_where_it_was_and_ends_the_same(
+    cheap: list[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, fitted = fit_job.fit, []
+
+    def interrupted(task: Any) -> str:
+        fitted.append(task.name)
+        if task.name == "fold-1":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(task)
+
+    monkeypatch.setattr(fit_job, "fit", interrupted)
+    with pytest.raises(InterruptedRun, match="SIGTERM; 6 embeddings and every finished fit are kept"):
+        run(tmp_path)
+    assert len(cheap) == 6
+    assert not (tmp_path / "head" / "artifact.json").exists()
+    monkeypatch.setattr(fit_job, "fit", lambda task: fitted.append(f"again {task.name}") or real(task))
+    continued = run(tmp_path)
+    assert len(cheap) == 6, "no image is embedded twice"
+    assert fitted == ["fold-0", "fold-1", "again fold-1", "again all"]
+    whole = run(tmp_path, out="whole")
+    assert continued.card.artifact_id == whole.card.artifact_id
+    shutil.rmtree(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_too_many_damaged_images_end_the_run_and_a_few_are_counted(cheap: list[bytes], tmp_path: Path) -> None:
+    path = tmp_path / "images" / "2.png"
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(QuarantineError, match="1 of 6 images failed, max_failures allows 0"):
+        run(tmp_path)
+    made = run(tmp_path, max_failures=1)
+    assert made.card.identity.outputs["quarantined"] == 1
+    (line,) = (made.path / "quarantine.jsonl").read_text().splitlines()
+    assert json.loads(line)["reason"] == "decode_failed"
+
+
+def test_two_writers_are_refused(tmp_path: Path) -> None:
+    write_corpus(tmp_path)
+    with Lease(tmp_path / "head"), pytest.raises(LockedError):
+        run(tmp_path)
