@@ -52,6 +52,10 @@ _USERS_PATHS = (
 """Faults of the paths given, not of mwm."""
 
 
+_TYPERS_INTERRUPT = 130
+"""What Typer makes of KeyboardInterrupt."""
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit; every user error is one line and a hint."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -74,6 +78,8 @@ def _run(command: Callable[[], Any], verbose: bool, quiet: bool) -> int:
         hushed = contextlib.redirect_stderr(_WarningsOnly(sys.stderr)) if quiet else contextlib.nullcontext()
         with sigterm_unwinds(), hushed:
             code = command()
+        if code == _TYPERS_INTERRUPT:
+            raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
     except MwmError as error:
         return _report(error, verbose)

@@ -55,9 +55,11 @@ class Lease:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stop.set()
-        if self._thread is not None:
-            self._thread.join()
-        self.path.unlink(missing_ok=True)
+        try:
+            if self._thread is not None:
+                self._thread.join()
+        finally:  # also when a second signal comes while the thread ends
+            self.path.unlink(missing_ok=True)
 
     def _beat(self) -> None:
         while not self._stop.wait(_HEARTBEAT_S):
