@@ -19,6 +19,7 @@ import tifffile
 from PIL import Image as Pillow
 
 from shared.errors import DecodeError, UsageError
+from shared.forecast import peak_bytes
 from shared.images import find_sources, read_image
 from tests.shared.dicom_files import SAMPLES, table, write_dicom
 
@@ -152,8 +153,7 @@ def main(folder: Path, first: int, last: int) -> None:
         result = outcome(paths[name])
         faulthandler.cancel_dump_traceback_later()
         print(json.dumps(result))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"peak_bytes": peak}))
+    print(json.dumps({"peak_bytes": peak_bytes()}))
 
 
 def _some(items: list) -> list:
