@@ -25,7 +25,7 @@ from stage1_localize.segmenters.lite_medsam import LiteMedSam, encode, letterbox
 
 VERSION = 1
 """Raised when equal answers lead to other choices; part of every head's specification."""
-PRESENCES_MILLI = (300, 500, 700)
+PRESENCES_MILLI = (300, 500, 700, 900)
 CENTRES_MILLI = (150, 200, 250, 300, 350, 400, 500)
 AREAS_PX = (24, 100)
 MARGINS_PX = (0, 2)
@@ -174,7 +174,8 @@ def try_image(
 def choose(tries: Tries) -> int:
     """The best candidate: by mean Dice where there are outlines, else by F1 of boxes; by silence where nothing is.
 
-    Silence: the share of images without the region in which nothing is found, added to either.
+    Silence: the share of images without the region in which nothing is found. It counts as these images are many,
+    but never for more than half: a head that says nothing is of no use.
     """
     values = []
     for column in zip(*tries, strict=True):
@@ -183,7 +184,8 @@ def choose(tries: Tries) -> int:
         outlined = [one.dice for one in there if one.dice is not None]
         boxes = sum(one.found + one.true for one in there)
         quality = float(np.mean(outlined)) if outlined else 2 * sum(one.hits for one in there) / max(1, boxes)
-        values.append(quality + (float(np.mean(absent)) if absent else 0.0))
+        weight = max(0.5, len(there) / len(column))
+        values.append(weight * quality + (1 - weight) * (float(np.mean(absent)) if absent else 0.0))
     return int(np.argmax(values))
 
 

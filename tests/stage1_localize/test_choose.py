@@ -22,6 +22,9 @@ def test_outlines_are_chosen_by_dice_boxes_by_f1_and_silence_counts() -> None:
     assert choose([[loud, silent]]) == 0
     assert choose([[loud, silent], [one(0, 1, 0), one(0, 0, 0)]]) == 1, "found where it is not"
     assert choose([[one(1, 1, 1), one(1, 1, 1)]]) == 0, "of equal ones the first"
+    rare = [[one(1, 1, 1, 0.8), one(1, 1, 1, 0.5)]] * 3 + [[one(0, 1, 0), one(0, 0, 0)]]
+    assert choose(rare) == 1
+    assert choose(rare[:3] * 3 + rare[3:]) == 0, "few images without it outweigh no map"
 
 
 def test_only_a_region_with_outlines_may_answer_with_its_own_mask() -> None:
