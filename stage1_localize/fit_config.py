@@ -30,8 +30,8 @@ class FitGrounderConfig(Strict):
         description="Categories that a mirrored image would falsify; auto: those with a left or right in a text.",
     )
     foreign: Texts = Field((), description="More texts that mean something else and are refused.")
-    start: Literal["packaged", "scratch"] = Field(
-        "packaged", description="Weights to begin with; packaged: those of the shipped head, whose words are not kept."
+    start: Literal["scratch", "packaged"] = Field(
+        "scratch", description="Weights to begin with; packaged: the shipped head's, whose words are not kept either."
     )
     steps: int | Literal["auto"] = Field("auto", description="Optimiser steps of a fit; auto: by the number of images.")
     folds: int = Field(3, ge=2, le=10, description="Held-out parts, by group, that routes and scores are taken from.")

@@ -29,7 +29,7 @@ from stage1_localize.segmenters.lite_medsam import IDENTITY as ENCODER_IDENTITY
 GROUPS_MIN = 2
 FEW = 10
 _SHOWN = 100
-_STEPS_AN_IMAGE, _STEPS_MIN, _STEPS_MAX = 5, 150, 1200
+_STEPS_AN_IMAGE, _STEPS_MIN, _STEPS_MAX = 8, 150, 1200
 
 
 @dataclass(frozen=True)
