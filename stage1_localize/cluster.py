@@ -131,9 +131,7 @@ def _connected(workers: int | Literal["auto"], scheduler: str | None, tasks: int
                 f"scheduler {scheduler}: cannot be reached ({type(error).__name__})",
                 hint="give an address such as tcp://HOST:8786, or a scheduler file",
             ) from None
-        # What a lost connection leaves in this client's own loop is told when it is collected, at any later time.
-        client.loop.asyncio_loop.set_exception_handler(lambda loop, context: None)
-        with _hushed("distributed"), client:
+        with _hushed("distributed.client"), client:
             yield client
         return
     from dask.system import CPU_COUNT
