@@ -149,7 +149,8 @@ def fit_grounder(
     done = _published(out, fresh)
     made = run(config, images=images, labels=labels, out=out, fresh=fresh, command=command_told())
     pinned = f"{out}@sha256:{made.card.artifact_id[:16]}"
-    _close(made.path, made.card, done, as_json, f"mwm localize ... --set grounder.options.head={pinned}")
+    following = f"mwm localize ... --set grounder.name=lite --set grounder.options.head={pinned}"
+    _close(made.path, made.card, done, as_json, following)
     for region in () if as_json else made.card.identity.outputs["regions"]:
         scores = made.card.provenance.metrics[region["name"]]
         typer.echo(f"{region['name']}: {describe(region['route'], scores)}")
