@@ -5,8 +5,10 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import secrets
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,8 +23,8 @@ _STALE_S = 120.0
 class Lease:
     """Exclusive right to write in a folder, as a context manager.
 
-    A lease left by a dead process of this boot is taken over at once; one from another machine or boot
-    after two minutes without a heartbeat.
+    A lease left by a dead process of this boot and pid namespace is taken over at once; one from another
+    machine, boot or container after two minutes without a heartbeat.
 
     Args:
         folder: Created if absent.
@@ -33,6 +35,7 @@ class Lease:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / LEASE
+        self._nonce = secrets.token_hex(16)
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -45,7 +48,9 @@ class Lease:
                 self._remove_if_dead()
                 continue
             with os.fdopen(descriptor, "w") as file:
-                json.dump({"pid": os.getpid(), "started": _start_time(os.getpid()), "boot": _boot_id()}, file)
+                pid = os.getpid()
+                body = {"pid": pid, "started": _start_time(pid), "boot": _boot_id(), "nonce": self._nonce}
+                json.dump(body, file)
             self._thread = threading.Thread(target=self._beat, daemon=True)
             self._thread.start()
             return self
@@ -59,14 +64,23 @@ class Lease:
             if self._thread is not None:
                 self._thread.join()
         finally:  # also when a second signal comes while the thread ends
-            self.path.unlink(missing_ok=True)
+            if self._is_ours():
+                self.path.unlink(missing_ok=True)
 
     def _beat(self) -> None:
         while not self._stop.wait(_HEARTBEAT_S):
-            try:
+            with suppress(OSError):  # a file server that is away for a moment; the next beat tries again
+                if not self._is_ours():
+                    return
                 os.utime(self.path)
-            except FileNotFoundError:
-                return
+
+    def _is_ours(self) -> bool:
+        """Whether the lease there is this one: after long silence, e.g. of a laptop asleep, another may have it."""
+        try:
+            body = json.loads(self.path.read_bytes())
+        except (FileNotFoundError, ValueError):
+            return False
+        return isinstance(body, dict) and body.get("nonce") == self._nonce
 
     def _remove_if_dead(self) -> None:
         # The folder is locked meanwhile: else, of two processes that find a lease dead, the slower one
@@ -105,10 +119,15 @@ def lease_holder(folder: Path) -> int | None:
 
 
 def _boot_id() -> str:
+    """Where a pid means the same process: a boot, and in it a pid namespace; containers share the first only."""
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
         return "unknown"
+    try:
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return boot
 
 
 def _start_time(pid: int) -> str | None:

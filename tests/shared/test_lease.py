@@ -1,6 +1,7 @@
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -82,6 +83,35 @@ def test_another_machines_lease_is_dead_after_two_silent_minutes(tmp_path: Path)
     assert lease_holder(tmp_path) == 1
     os.utime(path, (time.time() - 121, time.time() - 121))
     assert lease_holder(tmp_path) is None
+
+
+def test_a_live_writer_in_another_container_of_this_machine_is_not_dead(tmp_path: Path) -> None:
+    path = tmp_path / LEASE
+    other = hold(tmp_path)
+    elsewhere = re.sub(r"pid:\[\d+\]", "pid:[1]", path.read_text())
+    other.kill()
+    other.communicate()
+    path.write_text(elsewhere)  # the same boot; of its pids nothing is known here
+    assert lease_holder(tmp_path) == other.pid
+    os.utime(path, (time.time() - 121, time.time() - 121))
+    assert lease_holder(tmp_path) is None
+
+
+def test_a_lease_that_another_took_over_is_neither_kept_alive_nor_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shared.lease._HEARTBEAT_S", 0.01)
+    path = tmp_path / LEASE
+    with Lease(tmp_path) as lease:
+        taken = tmp_path / "taken"
+        taken.write_text(json.dumps({"pid": 1, "started": "1", "boot": "another", "nonce": "another"}))
+        os.utime(taken, (1, 1))
+        os.replace(taken, path)
+        assert lease._thread is not None
+        lease._thread.join(30)
+        assert not lease._thread.is_alive()
+        assert path.stat().st_mtime == 1
+    assert json.loads(path.read_text())["nonce"] == "another"
 
 
 def test_a_torn_lease_does_not_lock_for_ever(tmp_path: Path) -> None:
