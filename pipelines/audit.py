@@ -197,14 +197,17 @@ def _differing_outputs(folder: Path, card: Card) -> Iterator[Finding]:
     else:
         from stage3_finetune.predictions import load_predictions
 
-        for key in ("predictions", "predictions_best_on_val"):
-            if key not in outputs and key != "predictions":
-                continue
-            found = load_predictions(_present(folder, f"{key}.csv"))
-            if found.sha256 != outputs[key]:
-                yield Finding(f"{key}.csv", "other predictions than the artifact's id")
-            if key == "predictions" and found.truth_sha256 != outputs.get("predictions_truth", found.truth_sha256):
-                yield Finding(f"{key}.csv", "other labels, groups or parts than the artifact's id")
+        found = load_predictions(_present(folder, "predictions.csv"))
+        if found.sha256 != outputs["predictions"]:
+            yield Finding("predictions.csv", "other predictions than the artifact's id")
+        if found.truth_sha256 != outputs.get("predictions_truth", found.truth_sha256):
+            yield Finding("predictions.csv", "other labels, groups or parts than the artifact's id")
+        if "predictions_best_on_val" in outputs:
+            best = load_predictions(_present(folder, "predictions_best_on_val.csv"))
+            if best.sha256 != outputs["predictions_best_on_val"]:
+                yield Finding("predictions_best_on_val.csv", "other predictions than the artifact's id")
+            if best.truth_sha256 != found.part("test").truth_sha256:
+                yield Finding("predictions_best_on_val.csv", "other labels, groups or parts than predictions.csv")
 
 
 def _tensors_sha256(path: Path) -> str:

@@ -1,7 +1,7 @@
 """Choose how each region of a new head is answered: candidates are tried on images that its fit never saw.
 
 Of every candidate and image it is kept what was found. The choice is made on all of it; the scores are those of
-choices made without the images that they are measured on.
+rules that were chosen on other images. (The heads that those were tried on did learn from the measured ones.)
 """
 
 from __future__ import annotations

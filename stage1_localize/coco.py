@@ -51,6 +51,7 @@ class Labelled:
         height: Likewise.
         things: Its annotations.
         unknown: Regions of which this image says nothing, for a crowd annotation.
+        source_sha256: Of the file as the run's corpus lists it; empty before that is known.
     """
 
     image_id: int
@@ -59,6 +60,7 @@ class Labelled:
     height: int
     things: tuple[Thing, ...] = ()
     unknown: frozenset[str] = frozenset()
+    source_sha256: str = ""
 
 
 @dataclass(frozen=True)

@@ -106,7 +106,7 @@ class _Run:
         for text in self.plan.warnings:
             self.log.warn(text)
         tasks = self.plan.tasks(self.out, self.usable)
-        todo = [task for task in tasks if read_fit(self.out, task.name) is None]
+        todo = [task for task in tasks if read_fit(task) is None]
         if len(todo) < len(tasks):
             self.log.info(f"continuing: {len(tasks) - len(todo)} of {len(tasks)} fits are done")
         if not todo:
@@ -126,12 +126,12 @@ class _Run:
         tries: dict[str, list[Any]] = {name: [] for name in plan.wordings}
         heads = {}
         for task in tasks[:-1]:
-            found = read_fit(self.out, task.name)
+            found = read_fit(task)
             assert found is not None
             heads[task.fold] = found[0]
             for name, rows in found[1].items():
                 tries[name] += rows
-        kept = read_fit(self.out, "all")
+        kept = read_fit(tasks[-1])
         assert kept is not None
         tried = tried_of(subject)
         concepts = {name: tried[name][choose(rows)] for name, rows in tries.items()}

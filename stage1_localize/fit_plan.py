@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,14 @@ from shared.artifact import Input
 from shared.corpus import CorpusRow, corpus_id, list_corpus
 from shared.decode import VERSION as DECODE_VERSION
 from shared.errors import ConfigError, DecodeError, UsageError
-from shared.images import find_sources, read_image
+from shared.images import find_sources
 from shared.rng import uniform_u32
 from stage1_localize.choose import VERSION as CHOICE_VERSION
 from stage1_localize.coco import CocoLabels, Labelled, read_coco
 from stage1_localize.fit import VERSION as FIT_VERSION
 from stage1_localize.fit import FitSettings
 from stage1_localize.fit_config import FitGrounderConfig
-from stage1_localize.fit_tasks import WITH, WITHOUT, FitTask, Subject
+from stage1_localize.fit_tasks import WITH, WITHOUT, FitTask, Subject, read_labelled
 from stage1_localize.grounders.lite_card import load_packaged
 from stage1_localize.grounders.lite_text import MODEL_SHA256, far_from, fold
 from stage1_localize.prompts import parse_regions
@@ -167,6 +167,9 @@ def plan(config: FitGrounderConfig, *, images: Path, labels: Path) -> Plan:
     foreign = _foreign(config)
     taught = far_from([fold(text) for texts in config.regions.values() for text in texts], foreign)
     corpus = tuple(list_corpus([item.source for item in found.images]))
+    digests = {row.sample_id: row.source_sha256 for row in corpus}
+    listed = tuple(replace(item, source_sha256=digests[item.source.sample_id]) for item in found.images)
+    found = replace(found, images=listed)
     return Plan(config, found, corpus, foreign, tuple(taught), tuple([*found.warnings, *warnings]))
 
 
@@ -175,13 +178,14 @@ def open_images(labels: Path, found: CocoLabels) -> tuple[list[Labelled], dict[s
 
     Raises:
         UsageError: Images of another size than the labels say; every one is named by its id in the labels.
+        ImageChangedError: A file that is not the one the corpus lists.
     """
     usable: list[Labelled] = []
     failed: dict[str, DecodeError] = {}
     wrong = []
     for item in found.images:
         try:
-            height, width = read_image(item.source).pixels.shape[1:]
+            height, width = read_labelled(item).pixels.shape[1:]
         except DecodeError as error:
             failed[item.source.sample_id] = error
             continue

@@ -5,8 +5,8 @@ A task leaves its result in ``run/`` by a rename, so that what was finished is n
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,9 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float32
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
+from shared.artifact import write_atomic
+from shared.errors import CorruptError
 from shared.images import Image, read_image
 from stage1_localize.choose import Trier, Try, candidates, try_image
 from stage1_localize.coco import Labelled
@@ -33,6 +36,12 @@ from stage1_localize.segmenters.lite_medsam import ENCODER_KEY, LiteMedSam
 EMBEDDINGS = "run/embeddings"
 FITS = "run/fits"
 WITH, WITHOUT = "with", "without"
+
+
+class ImageChangedError(CorruptError):
+    """An image is not the one that the run's corpus lists."""
+
+    kind = "source-changed"
 
 
 @dataclass(frozen=True)
@@ -74,12 +83,34 @@ class FitTask:
     train: tuple[Labelled, ...]
     held_out: tuple[Labelled, ...] = ()
 
+    @property
+    def images_sha256(self) -> str:
+        """Digest of which images it learns from and is tried on: a kept result of others is not this one's."""
+        parts = [[item.source.sample_id for item in items] for items in (self.train, self.held_out)]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def read_labelled(item: Labelled) -> Image:
+    """Read an image of the labels.
+
+    Raises:
+        DecodeError: It cannot be read.
+        ImageChangedError: It is not the file that the corpus lists.
+    """
+    image = read_image(item.source)
+    if item.source_sha256 not in ("", image.source_sha256):
+        raise ImageChangedError(
+            f"{item.source.sample_id}: the file is not the one that this run began with",
+            hint="put the image back, or begin a new run with --fresh",
+        )
+    return image
+
 
 def embed(task: tuple[str, Labelled]) -> str:
     """Put an image's embedding into the cache; returns its sample id."""
     folder, item = task
     torch.set_num_threads(1)
-    cached_encode(read_image(item.source).pixels, Path(folder) / EMBEDDINGS)
+    cached_encode(read_labelled(item).pixels, Path(folder) / EMBEDDINGS)
     return item.source.sample_id
 
 
@@ -102,27 +133,31 @@ def fit(task: FitTask) -> str:
     tries = _try(task, state) if task.held_out else {}
     folder = Path(subject.folder) / FITS
     folder.mkdir(exist_ok=True)
-    save_file(state, folder / f".{task.name}.safetensors")
-    os.replace(folder / f".{task.name}.safetensors", folder / f"{task.name}.safetensors")
-    told = folder / f".{task.name}.json"
-    told.write_text(json.dumps({name: [[t.as_dict() for t in row] for row in rows] for name, rows in tries.items()}))
-    os.replace(told, folder / f"{task.name}.json")  # last: who finds it finds the weights
+    write_atomic(folder / f"{task.name}.safetensors", save(state))
+    told = {
+        "images": task.images_sha256,
+        "tries": {name: [[t.as_dict() for t in row] for row in rows] for name, rows in tries.items()},
+    }
+    write_atomic(folder / f"{task.name}.json", json.dumps(told).encode())  # last: who finds it finds the weights
     return task.name
 
 
-def read_fit(folder: Path, name: str) -> tuple[dict[str, Tensor], dict[str, list[list[Try]]]] | None:
-    """State and tries of a finished fit, or None."""
-    path = folder / FITS / f"{name}.json"
-    if not path.exists():
+def read_fit(task: FitTask) -> tuple[dict[str, Tensor], dict[str, list[list[Try]]]] | None:
+    """State and tries of a finished fit; None if there is none, or it is damaged or of other images."""
+    folder = Path(task.subject.folder) / FITS
+    try:
+        told = json.loads((folder / f"{task.name}.json").read_bytes())
+        if told["images"] != task.images_sha256:
+            return None
+        tries = {region: [[Try(**one) for one in row] for row in rows] for region, rows in told["tries"].items()}
+        return load((folder / f"{task.name}.safetensors").read_bytes()), tries
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError):
         return None
-    told: dict[str, list[list[dict[str, Any]]]] = json.loads(path.read_bytes())
-    tries = {region: [[Try(**one) for one in row] for row in rows] for region, rows in told.items()}
-    return load_file(folder / FITS / f"{name}.safetensors"), tries
 
 
 def as_picture(item: Labelled, subject: Subject, image: Image | None = None) -> Picture:
     """An image with what its annotations say of the subject's regions."""
-    pixels = (image or read_image(item.source)).pixels
+    pixels = (image or read_labelled(item)).pixels
     height, width = pixels.shape[1:]
     boxes: dict[str, list[Sequence[float]]] = {}
     masks: dict[str, Float32[np.ndarray, "H W"]] = {}

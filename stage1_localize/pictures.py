@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import os
+import io
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float32, UInt8
 from torch.nn import functional as F
 
+from shared.artifact import write_atomic
 from stage1_localize.contracts import MAP_SIZE_PX
 from stage1_localize.evaluate import Case
 from stage1_localize.fit import Example
@@ -88,15 +89,15 @@ def cached_encode(image: Float32[np.ndarray, "C H W"], cache: Path) -> Encoded:
     """An image's embedding, float16 on disk under the digest of the padded input and the encoder's weights."""
     _, height_px, width_px = letterbox(image)
     path = cache_path(image, cache)
-    if not path.is_file():
+    try:
+        kept = np.load(path)
+    except (OSError, ValueError, EOFError):  # none yet, or damaged by a power cut
         cache.mkdir(parents=True, exist_ok=True)
-        embedding = encode_image(load_model(), image).embedding
-        partial = path.with_suffix(f".{os.getpid()}.tmp")
-        with partial.open("wb") as file:
-            np.save(file, embedding.numpy().astype(np.float16))
-        partial.replace(path)
-    embedding = torch.from_numpy(np.load(path)).float()
-    return Encoded(embedding, height_px, width_px, *image.shape[1:])
+        kept = encode_image(load_model(), image).embedding.numpy().astype(np.float16)
+        data = io.BytesIO()
+        np.save(data, kept)
+        write_atomic(path, data.getvalue())
+    return Encoded(torch.from_numpy(kept).float(), height_px, width_px, *image.shape[1:])
 
 
 def cache_path(image: Float32[np.ndarray, "C H W"], cache: Path) -> Path:

@@ -126,6 +126,18 @@ def test_labels_forged_in_the_predictions_are_found(chain: Chain) -> None:
     assert "predictions.csv: other labels, groups or parts" in worst(result)[0][2]
 
 
+def test_labels_forged_in_the_predictions_of_the_best_epoch_are_found(chain: Chain) -> None:
+    """Their digest covers ids and probabilities: the truth is that of `predictions.csv`."""
+    path = chain.out / "scratch" / "predictions_best_on_val.csv"
+    lines = path.read_text().splitlines()
+    rows = [line.split(",") for line in lines[1:]]
+    path.write_text("\n".join([lines[0], *(",".join([*row[:3], row[4], *row[4:]]) for row in rows)]) + "\n")
+    reseal(chain.out / "scratch")
+    result = audit(chain.out / "scratch")
+    assert result.exit_code == 4
+    assert "predictions_best_on_val.csv: other labels, groups or parts" in worst(result)[0][2]
+
+
 def test_a_predicted_class_that_is_not_the_most_probable_one(chain: Chain) -> None:
     path = chain.out / "scratch" / "predictions.csv"
     lines = path.read_text().splitlines()

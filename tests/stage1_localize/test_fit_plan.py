@@ -1,16 +1,19 @@
 """What a fit will be, before anything is computed: words, folds, foreign strings, refusals."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from shared.config import load
 from shared.errors import ConfigError, UsageError
 from stage1_localize.fit_config import FitGrounderConfig
 from stage1_localize.fit_plan import Plan, assign_folds, open_images, plan
-from stage1_localize.fit_tasks import as_picture
+from stage1_localize.fit_tasks import FITS, ImageChangedError, as_picture, read_fit, read_labelled
 from tests.stage1_localize.coco_files import HEIGHT, WIDTH, change, write_corpus
 
 
@@ -121,3 +124,30 @@ def test_no_annotation_means_absent_or_unknown_as_asked(corpus: tuple[Path, Path
     assert full.masks["square"].shape == (HEIGHT, WIDTH)
     assert full.masks["square"][20, 12] == 1
     assert not full.absent
+
+
+def test_an_image_that_changes_after_the_corpus_was_listed_is_refused(corpus: tuple[Path, Path]) -> None:
+    ready = planned(corpus)
+    item = ready.labels.images[0]
+    other = ready.labels.images[1]
+    assert read_labelled(item).source_sha256 == item.source_sha256
+    item.source.path.write_bytes(other.source.path.read_bytes())
+    with pytest.raises(ImageChangedError, match=item.source.sample_id):
+        read_labelled(item)
+
+
+def test_a_kept_fit_counts_for_its_own_images_only_and_if_it_is_whole(
+    corpus: tuple[Path, Path], tmp_path: Path
+) -> None:
+    ready = planned(corpus, folds=2)
+    task = ready.tasks(tmp_path, ready.labels.images)[0]
+    folder = tmp_path / FITS
+    folder.mkdir(parents=True)
+    save_file({"w": torch.ones(2)}, folder / "fold-0.safetensors")
+    (folder / "fold-0.json").write_text(json.dumps({"images": task.images_sha256, "tries": {}}))
+    assert read_fit(task) is not None
+    assert read_fit(replace(task, train=task.train[1:])) is None
+    (folder / "fold-0.safetensors").write_bytes(b"")
+    assert read_fit(task) is None
+    (folder / "fold-0.json").write_bytes(b"")
+    assert read_fit(task) is None
