@@ -175,7 +175,7 @@ def _stored(dataset: Any, name: str, index: int, frames: int) -> np.ndarray:
         if codec == "pylibjpeg":
             _refuse_without_codecs(name)
         _check_codestream(dataset, name, index, frames, runs=syntax == "1.2.840.10008.1.2.5")
-        options = {"decoding_plugin": codec}
+        options["decoding_plugin"] = codec
     elif "PixelData" in dataset and len(dataset.PixelData) < (needed := get_expected_length(dataset)):
         raise DecodeError(f"{name}: truncated, {len(dataset.PixelData)} of {needed} bytes")
     values = get_decoder(dataset.file_meta.TransferSyntaxUID).as_array(dataset, index=index, **options)[0]
@@ -187,8 +187,8 @@ def _stored(dataset: Any, name: str, index: int, frames: int) -> np.ndarray:
         raise DecodeError(f"{name}: {used} bits stored up to bit {high} of {width}")
     if int(dataset.BitsAllocated) == 1 or used == width:
         return values
-    if syntax not in _NATIVE:
-        high = used - 1  # codecs put the stored bits lowest
+    if syntax.startswith(_JPEG):
+        high = used - 1  # these codecs put the stored bits lowest; RLE packs the cells as they are
     return (values << (width - 1 - high)) >> (width - used)  # the second shift carries the sign of signed values
 
 

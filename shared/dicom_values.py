@@ -42,7 +42,8 @@ def to_pixels(dataset: Any, name: str, index: int, stored: np.ndarray) -> tuple[
         return _over(np.moveaxis(stored, -1, 0), bits), f"uint{bits}/{2**bits - 1}"
     if dataset.PhotometricInterpretation == "PALETTE COLOR":
         whole = stored.astype(np.int64)
-        colours = [_over(*_palette(dataset, name, colour, whole)) for colour in COLOURS]
+        signed = stored.dtype.kind == "i"
+        colours = [_over(*_palette(dataset, name, colour, whole, signed=signed)) for colour in COLOURS]
         return np.stack(colours), "palette"
     inverted = dataset.PhotometricInterpretation == "MONOCHROME1"
     values, rule = _grey(dataset, name, index, stored, inverted=inverted)
@@ -89,7 +90,8 @@ def _grey(
         raise DecodeError(f"{name}: holds NaN or infinite values", reason="nonfinite")
     voi = _place(dataset, index, "FrameVOILUTSequence", "WindowCenter")
     if dataset.get("VOILUTSequence"):
-        table, bits = _table(dataset, name, dataset.VOILUTSequence[0], np.rint(values).astype(np.int64))
+        signed = _below_zero(dataset, name, index, stored)
+        table, bits = _table(dataset, name, dataset.VOILUTSequence[0], np.rint(values).astype(np.int64), signed=signed)
         mapped, rule = _over(table, bits), f"{rule}VOI table"
     elif _holds(voi, "WindowCenter") and _holds(voi, "WindowWidth"):
         centre, width = _first(voi.WindowCenter), _first(voi.WindowWidth)
@@ -110,7 +112,8 @@ def _grey(
 
 def _modality(dataset: Any, name: str, index: int, stored: np.ndarray) -> tuple[np.ndarray, str]:
     if dataset.get("ModalityLUTSequence"):
-        table, _ = _table(dataset, name, dataset.ModalityLUTSequence[0], stored.astype(np.int64))
+        signed = stored.dtype.kind != "u"
+        table, _ = _table(dataset, name, dataset.ModalityLUTSequence[0], stored.astype(np.int64), signed=signed)
         return table.astype(np.float64), "modality table; "
     place = _place(dataset, index, "PixelValueTransformationSequence", "RescaleSlope")
     if _holds(place, "RescaleSlope") and _holds(place, "RescaleIntercept"):
@@ -120,27 +123,41 @@ def _modality(dataset: Any, name: str, index: int, stored: np.ndarray) -> tuple[
     return stored.astype(np.float64), ""
 
 
-def _table(dataset: Any, name: str, item: Any, values: Int64[np.ndarray, "H W"]) -> tuple[np.ndarray, int]:
+def _below_zero(dataset: Any, name: str, index: int, stored: np.ndarray) -> bool:
+    """Whether the modality can make a negative value of any that the file could store, whatever this frame holds."""
+    if stored.dtype.kind == "f":
+        return True
+    bits = int(dataset.BitsStored)
+    lowest = -(1 << (bits - 1)) if stored.dtype.kind == "i" else 0
+    ends = np.array([lowest, lowest + (1 << bits) - 1])
+    return bool(_modality(dataset, name, index, ends)[0].min() < 0)
+
+
+def _table(
+    dataset: Any, name: str, item: Any, values: Int64[np.ndarray, "H W"], *, signed: bool
+) -> tuple[np.ndarray, int]:
     """Look values up in the table of a sequence item; entries and their bits."""
-    return _look_up(dataset, name, item.LUTDescriptor, item.LUTData, values)
+    return _look_up(dataset, name, item.LUTDescriptor, item.LUTData, values, signed=signed)
 
 
-def _palette(dataset: Any, name: str, colour: str, values: Int64[np.ndarray, "H W"]) -> tuple[np.ndarray, int]:
+def _palette(
+    dataset: Any, name: str, colour: str, values: Int64[np.ndarray, "H W"], *, signed: bool
+) -> tuple[np.ndarray, int]:
     descriptor = dataset[f"{colour}PaletteColorLookupTableDescriptor"].value
     segmented = dataset.get(f"Segmented{colour}PaletteColorLookupTableData")
     if not segmented:
         data = dataset[f"{colour}PaletteColorLookupTableData"].value
     else:
         data = _expand(_words(dataset, segmented, 1 if int(descriptor[2]) == 8 else 2), name)
-    return _look_up(dataset, name, descriptor, data, values)
+    return _look_up(dataset, name, descriptor, data, values, signed=signed)
 
 
 def _look_up(
-    dataset: Any, name: str, descriptor: Any, data: Any, values: Int64[np.ndarray, "H W"]
+    dataset: Any, name: str, descriptor: Any, data: Any, values: Int64[np.ndarray, "H W"], *, signed: bool
 ) -> tuple[np.ndarray, int]:
     entries, first, bits = (int(number) for number in descriptor)
     entries = entries or _ENTRIES_MAX
-    if first >= 1 << 15 and values.min() < 0:  # written as unsigned, meant as signed
+    if first >= 1 << 15 and signed:  # written as unsigned, meant as signed
         first -= 1 << 16
     if isinstance(data, bytes):
         data = _words(dataset, data, 2 if len(data) >= 2 * entries else 1)

@@ -7,7 +7,7 @@ import numpy as np
 import pydicom
 import pytest
 import SimpleITK
-from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian, ImplicitVRLittleEndian
+from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian, ImplicitVRLittleEndian, RLELossless
 
 from shared import dicom
 from shared.errors import DecodeError
@@ -177,6 +177,24 @@ def test_lookup_tables_clamp_and_wide_values_do_not_wrap(tmp_path: Path) -> None
     assert image.pixels.ravel().tolist() == [0, 0, 1, 1]
 
 
+def test_a_table_maps_equal_values_alike_in_frames_with_and_without_negative_ones(tmp_path: Path) -> None:
+    voi = [table([n * 32 for n in range(2001)], 65536 - 1000, 16)]  # -1000 to 1000
+    tags = {"RescaleSlope": 1, "RescaleIntercept": -1024, "VOILUTSequence": voi}
+    stack = np.array([[[1000, 1024]], [[1024, 1100]]], np.uint16)  # -24, 0; 0, 76
+    path = write_dicom(tmp_path / "a.dcm", stack, **tags)
+    expected = np.array([[976, 1000], [1000, 1076]]) * 32 / 65535
+    np.testing.assert_allclose([read(path, frame).pixels[0, 0] for frame in (0, 1)], expected, atol=1e-6)
+    # What cannot be negative is no signed number, however high the table begins.
+    high = write_dicom(tmp_path / "b.dcm", stack + 60000, VOILUTSequence=[table([0, 255], 61024, 8)])
+    assert [read(high, frame).pixels.ravel().tolist() for frame in (0, 1)] == [[0, 0], [0, 1]]
+    # Signed values that the rescale lifts above zero are none either, and those that stay below it are.
+    tags = {"RescaleSlope": 1, "RescaleIntercept": 32768, "VOILUTSequence": [table([0, 255], 40000, 8)]}
+    lifted = write_dicom(tmp_path / "c.dcm", np.array([[7232, 7233]], np.int16), **tags)
+    assert read(lifted).pixels.ravel().tolist() == [0, 1]
+    signed = write_dicom(tmp_path / "d.dcm", np.array([[3, 4]], np.int16), VOILUTSequence=[table([0, 255], 65534, 8)])
+    assert read(signed).pixels.ravel().tolist() == [1, 1]
+
+
 def test_12_bits_in_16_lose_what_is_not_theirs(tmp_path: Path) -> None:
     values = np.array([[0, 1, 2047, 4095]], np.uint16)
     tags = {"BitsStored": 12, "HighBit": 11, "WindowCenter": 2048, "WindowWidth": 4096}
@@ -186,6 +204,13 @@ def test_12_bits_in_16_lose_what_is_not_theirs(tmp_path: Path) -> None:
     high = read(write_dicom(tmp_path / "c.dcm", values << 4, **{**tags, "HighBit": 15})).pixels
     np.testing.assert_array_equal(clean, high)
     np.testing.assert_allclose(clean[0, 0], values[0] / 4095, atol=1e-7)
+    # RLE packs the cells as they are; files whose bits lie lowest come out as before.
+    for name, shift in (("low", 0), ("high", 4)):
+        path = write_dicom(tmp_path / f"{name}.dcm", values << shift, **{**tags, "HighBit": 11 + shift})
+        packed = pydicom.dcmread(path)
+        packed.compress(RLELossless, generate_instance_uid=False)
+        packed.save_as(path)
+        np.testing.assert_array_equal(clean, read(path).pixels)
     # 0xFFF is -1 where the values are signed.
     signed = np.array([[0x0FFF, 0x0800, 0x07FF, 0]], np.uint16).view(np.int16)
     tags |= {"WindowCenter": 0, "WindowWidth": 4096}
