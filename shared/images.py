@@ -218,11 +218,15 @@ def _listed(table: Path) -> Iterator[Source]:
         if first != number and suffix in _DICOM:
             raise UsageError(f"{table}: rows {first} and {number} have the same id")
         group, patient = (str(row.get(name) or "").strip() for name in ("group", "patient"))
-        if group and patient:
+        if patient:
+            group = group or pseudonym("patient", patient)
             other, line = patients.setdefault(patient, (group, number))
             if other != group:
-                raise UsageError(f"{table}: rows {line} and {number} put one patient into two groups")
-        yield _source(path, given, group or (pseudonym("patient", patient) if patient else None))
+                raise UsageError(
+                    f"{table}: rows {line} and {number} put one patient into two groups",
+                    hint="fill in 'group' for all rows of a patient, or for none: without it the patient is the group",
+                )
+        yield _source(path, given, group or None)
 
 
 def _rows(table: Path) -> Iterator[tuple[int, dict[str, object]]]:

@@ -194,6 +194,8 @@ class _Patients:
     def note(self, line: int, patient: str, group: str, known: str) -> None:
         if patient and known.startswith("patient-") and known != patient:
             self.problems.append(f"line {line}: another patient than the images' own")
+        if not patient and known.startswith(("patient-", "study-")):
+            patient = known
         if patient and group:
             other, first = self._groups.setdefault(patient, (group, line))
             if other != group:

@@ -218,6 +218,8 @@ def test_patients_of_a_list_become_groups_by_pseudonym(tmp_path: Path) -> None:
     [
         ("4.dcm,DOE,,\n5.dcm,DOE,,\n", "rows 2 and 3 have the same id"),
         ("1.png,,a,DOE\n2.png,,b,DOE\n", "rows 2 and 3 put one patient into two groups"),
+        ("1.png,,a,DOE\n2.png,,,DOE\n", "rows 2 and 3 put one patient into two groups"),
+        ("1.png,,,DOE\n2.png,,a,DOE\n", "rows 2 and 3 put one patient into two groups"),
         ("DOE/4.dcm,,,\n", "row 2: image does not exist"),
         ("/DOE.dcm,,,\n", "row 2: image is not a path inside"),
     ],

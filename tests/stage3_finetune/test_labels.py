@@ -186,6 +186,17 @@ def test_a_patient_in_two_groups_is_refused_by_lines(tmp_path: Path) -> None:
     assert "DOE" not in str(caught.value)
 
 
+@pytest.mark.parametrize("kind", ["patient", "study"])
+def test_groups_of_the_table_cannot_cut_through_a_patient_that_the_images_name(tmp_path: Path, kind: str) -> None:
+    known: dict[str, str | None] = {str(n): f"{kind}-{n // 2}" for n in range(8)}
+    rows = [f"{n},{'ab'[n // 2 % 2]},g{n // 2},{'test' if n < 4 else 'train'}" for n in range(8)]
+    text = "sample_id,label,group,split\n"
+    assert load(write(tmp_path, text + "\n".join(rows)), known).grouped
+    rows[1] = "1,a,g9,train"
+    with pytest.raises(ConfigError, match="lines 2 and 3 put one patient into two groups"):
+        load(write(tmp_path, text + "\n".join(rows)), known)
+
+
 def test_a_table_may_use_the_names_behind_pseudonyms_and_errors_do_not(tmp_path: Path) -> None:
     names = {f"DOE_{n}/1.dcm": f"dicom-{n}" for n in range(8)}
     known: dict[str, str | None] = {sample_id: f"patient-{sample_id}" for sample_id in names.values()}
