@@ -17,6 +17,8 @@ from shared.artifact import CARD, Card, file_sha256, read_card
 from shared.errors import IncompatibleError, InputMissingError, UsageError
 from tests.pipelines.conftest import Chain
 
+GOLDEN = Path(__file__).parents[1] / "compat" / "v0.1.0"
+
 
 def reseal(artifact: Path, change: Callable[[dict[str, Any]], object] = lambda body: None, *, own_id: bool = False):
     """Rewrite a card so that its seal and every file's digest hold; with ``own_id``, its id too."""
@@ -126,16 +128,19 @@ def test_labels_forged_in_the_predictions_are_found(chain: Chain) -> None:
     assert "predictions.csv: other labels, groups or parts" in worst(result)[0][2]
 
 
-def test_labels_forged_in_the_predictions_of_the_best_epoch_are_found(chain: Chain) -> None:
+def test_labels_forged_in_the_predictions_of_the_best_epoch_are_found(tmp_path: Path) -> None:
     """Their digest covers ids and probabilities: the truth is that of `predictions.csv`."""
-    path = chain.out / "scratch" / "predictions_best_on_val.csv"
+    model = tmp_path / "model"
+    shutil.copytree(GOLDEN / "model", model)
+    path = model / "predictions_best_on_val.csv"
     lines = path.read_text().splitlines()
     rows = [line.split(",") for line in lines[1:]]
+    assert [row[3] for row in rows] != [row[4] for row in rows]
     path.write_text("\n".join([lines[0], *(",".join([*row[:3], row[4], *row[4:]]) for row in rows)]) + "\n")
-    reseal(chain.out / "scratch")
-    result = audit(chain.out / "scratch")
+    reseal(model)
+    result = audit(model)
     assert result.exit_code == 4
-    assert "predictions_best_on_val.csv: other labels, groups or parts" in worst(result)[0][2]
+    assert any("predictions_best_on_val.csv: other labels, groups or parts" in detail for _, _, detail in worst(result))
 
 
 def test_a_predicted_class_that_is_not_the_most_probable_one(chain: Chain) -> None:
