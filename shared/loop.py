@@ -194,6 +194,7 @@ def fit(
             )
             stopping = ranks.total(signals.caught is not None) > 0
             if writer and (due or stopping or done == plan.steps):
+                log.sync()
                 tensors, meta = _collect(module, optimizer, ema, extra)
                 save_state(state, done, tensors, {**meta, "processes": processes}, keep=plan.keep)
                 saved_at = time.monotonic()

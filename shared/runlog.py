@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, TextIO
 
+from shared.artifact import write_atomic
 from shared.events import FOLDER, Events
 
 METRICS = "run/metrics.jsonl"
@@ -58,6 +60,7 @@ class RunLog:
     def __enter__(self) -> RunLog:
         (self.out / "run").mkdir(parents=True, exist_ok=True)
         self._log = (self.out / LOG).open("a", encoding="utf-8")
+        self._mend_metrics()
         self._open_metrics()
         return self
 
@@ -134,6 +137,11 @@ class RunLog:
         if (events := self._board(where)) is not None:
             events.scalars(step, kept)
 
+    def sync(self) -> None:
+        """Make the metrics durable: called before a state is saved, so that a resumed run has the rows before it."""
+        if self._metrics is not None:
+            os.fsync(self._metrics.fileno())
+
     def picture(self, step: int, name: str, pixels: Callable[[], Any]) -> None:
         """Show a picture in TensorBoard.
 
@@ -163,7 +171,7 @@ class RunLog:
         if len(kept) < len(rows):
             if self._metrics is not None:
                 self._metrics.close()
-            (self.out / METRICS).write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+            write_atomic(self.out / METRICS, _lines(kept))
             self._open_metrics()
         self._marks = tuple(where)
         if (events := self._board(where)) is not None:
@@ -183,12 +191,19 @@ class RunLog:
                 self.info(f"TensorBoard {why}: no run/tb; pip install 'mask-what-matters[tensorboard]'")
         return None if self._events is None else self._events[name]
 
-    def _open_metrics(self) -> None:
+    def _mend_metrics(self) -> None:
         path = self.out / METRICS
-        if path.exists() and not (text := path.read_text(encoding="utf-8", errors="replace")).endswith("\n"):
-            # A kill in the middle of a line: the step it belonged to will be done again.
-            path.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")
-        self._metrics = path.open("a", encoding="utf-8")
+        raw = path.read_bytes() if path.exists() else b""
+        kept = _rows(raw)
+        broken = raw.count(b"\n") - len(kept)
+        # A kill in the middle of a line leaves its beginning without comment: the step will be done again.
+        if broken or raw[-1:] not in (b"", b"\n"):
+            write_atomic(path, _lines(kept))
+        if broken:  # a power cut leaves such
+            self.warn(f"{METRICS}: {broken} broken line{'s' if broken > 1 else ''} dropped")
+
+    def _open_metrics(self) -> None:
+        self._metrics = (self.out / METRICS).open("a", encoding="utf-8")
 
     def _say(self, level: str, text: str, shown: str) -> None:
         self._write(level, text)
@@ -221,12 +236,9 @@ class RunLog:
 
 
 def read_metrics(out: Path) -> list[dict[str, Any]]:
-    """The complete lines of a run's ``metrics.jsonl``; empty if there is none."""
+    """The whole lines of a run's ``metrics.jsonl``; empty if there is none. `RunLog` counts those that are broken."""
     path = out / METRICS
-    if not path.exists():
-        return []
-    text = path.read_text(encoding="utf-8", errors="replace")
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    return _rows(path.read_bytes()) if path.exists() else []
 
 
 def scrub(text: str) -> str:
@@ -260,6 +272,20 @@ def duration(seconds: float) -> str:
 def _shown(name: str, value: float | str) -> str:
     text = value if isinstance(value, str) else (f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}")
     return f"{text} {name.removesuffix('_per_s')}/s" if name.endswith("_per_s") else f"{name} {text}"
+
+
+def _rows(raw: bytes) -> list[dict[str, Any]]:
+    rows = []
+    for line in raw.split(b"\n")[:-1]:
+        with suppress(ValueError):
+            row = json.loads(line)
+            if isinstance(row, dict) and isinstance(row.get("step"), int):
+                rows.append(row)
+    return rows
+
+
+def _lines(rows: Iterable[dict[str, Any]]) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 
 def _finite(value: Any) -> Any:

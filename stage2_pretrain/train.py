@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -302,18 +302,22 @@ def _finish(run: Run, tally: Tally, fitted: Fitted, log: RunLog) -> tuple[dict[s
         **recorder.write(run.out),
     }
     rows = read_metrics(run.out)
-    losses = [row["loss"] for row in rows if "loss" in row]
+    losses = {row["step"]: row["loss"] for row in rows if "loss" in row}
     epochs = [row for row in rows if "epoch" in row]
     metrics: dict[str, Any] = {
-        "loss_first_epoch": fmean(losses[: run.steps_per_epoch]),
-        "loss_last_epoch": fmean(losses[-run.steps_per_epoch :]),
-        **{name: epochs[-1][name] for name in _SHARES},
+        "loss_first_epoch": _epoch_loss(losses, 1, run.steps_per_epoch),
+        "loss_last_epoch": _epoch_loss(losses, config.epochs, run.steps_per_epoch),
+        **{name: epochs[-1][name] if epochs else None for name in _SHARES},
         "processes": fitted.processes,
     }
     if fitted.samples:
         metrics["images_per_s"] = fitted.samples / (fitted.busy_s + fitted.wait_s)
         metrics["data_wait_share"] = fitted.wait_s / (fitted.busy_s + fitted.wait_s)
-    log.info(f"loss {metrics['loss_first_epoch']:.4g} in the first epoch, {metrics['loss_last_epoch']:.4g} in the last")
+    begin_loss, end_loss = (
+        "unknown" if metrics[name] is None else f"{metrics[name]:.4g}"
+        for name in ("loss_first_epoch", "loss_last_epoch")
+    )
+    log.info(f"loss {begin_loss} in the first epoch, {end_loss} in the last")
     examples = draw_examples(
         run.steps,
         run.method,
@@ -333,13 +337,13 @@ def _finish(run: Run, tally: Tally, fitted: Fitted, log: RunLog) -> tuple[dict[s
         "draws recorded": outputs["draws"],
         "of them clamped": outputs["clamped_draws"],
         "of them without region": outputs["empty_draws"],
-        "loss": f"{metrics['loss_first_epoch']:.3f} to {metrics['loss_last_epoch']:.3f}",
+        "loss": f"{begin_loss} to {end_loss}",
     }
     if fitted.samples:
         facts["images a second"] = f"{metrics['images_per_s']:.1f}"
         facts["time waiting for data"] = f"{metrics['data_wait_share']:.1%}"
     report = pretrain_report(
-        curves={"loss": ([row["step"] for row in rows if "loss" in row], losses)},
+        curves={"loss": (list(losses), list(losses.values()))},
         hidden={
             label: (
                 [row["epoch"] for row in epochs if row[name] is not None],
@@ -353,6 +357,13 @@ def _finish(run: Run, tally: Tally, fitted: Fitted, log: RunLog) -> tuple[dict[s
     )
     write_atomic(run.out / "report.html", report.encode())
     return outputs, metrics
+
+
+def _epoch_loss(losses: Mapping[int, float], epoch: int, steps_per_epoch: int) -> float | None:
+    """Mean loss of an epoch, from 1, by its steps' numbers; None where a damaged file has lost them all."""
+    steps = range((epoch - 1) * steps_per_epoch + 1, epoch * steps_per_epoch + 1)
+    kept = [losses[step] for step in steps if step in losses]
+    return fmean(kept) if kept else None
 
 
 def _spread(names: Sequence[str], count: int) -> list[str]:

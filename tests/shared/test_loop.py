@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from shared import loop
 from shared.checkpoint import latest_state
 from shared.errors import CorruptError, InterruptedRun, UsageError
 from shared.loop import NonFiniteError, Plan, fit, learning_rate
@@ -117,6 +118,16 @@ def test_kill_9_loses_the_steps_since_the_last_state_only(tmp_path):
     assert fitted.resumed_from == 4
     assert bits(net, fitted, extra) == bits(*run(tmp_path / "whole"))
     assert read_metrics(tmp_path / "cut") == read_metrics(tmp_path / "whole")
+
+
+def test_the_metrics_are_durable_before_a_state_is(tmp_path, monkeypatch):
+    done = []
+    for where, name in ((RunLog, "sync"), (loop, "save_state")):
+        plain = getattr(where, name)
+        monkeypatch.setattr(where, name, lambda *args, n=name, f=plain, **named: (done.append(n), f(*args, **named)))
+    run(tmp_path)
+    assert done
+    assert done == ["sync", "save_state"] * (len(done) // 2)
 
 
 def test_the_global_generator_neither_matters_nor_moves(tmp_path):

@@ -59,6 +59,34 @@ def test_metrics_survive_a_torn_line_and_rewind(tmp_path):
     assert json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1]) == {"step": 3, "loss": None}
 
 
+def test_broken_lines_of_a_power_cut_are_dropped_and_counted(tmp_path):
+    path = tmp_path / "run/metrics.jsonl"
+    path.parent.mkdir()
+    path.write_bytes(b'{"step": 1, "loss": 2}\n' + bytes(40) + b'\n[3]\n{"step": 2, "loss": 1}\n{"step"')
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2]
+    with RunLog(tmp_path, stream=io.StringIO()) as log:
+        assert log.warnings == ["run/metrics.jsonl: 2 broken lines dropped"]
+        assert path.read_bytes().count(b"\n") == 2
+        assert log.rewind(1) == 1
+        log.metric(2, loss=1)
+    with RunLog(tmp_path, stream=io.StringIO()) as log:
+        assert not log.warnings
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2]
+
+
+def test_a_rewind_that_is_cut_off_loses_no_line(tmp_path, monkeypatch):
+    def cut(*names):
+        raise KeyboardInterrupt
+
+    with RunLog(tmp_path, stream=io.StringIO()) as log:
+        for step in range(1, 6):
+            log.metric(step, loss=1)
+        monkeypatch.setattr("os.replace", cut)
+        with pytest.raises(KeyboardInterrupt):
+            log.rewind(3)
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3, 4, 5]
+
+
 def test_plain_progress_is_sparse_and_ends_with_the_last_step(tmp_path):
     stream = io.StringIO()
     with RunLog(tmp_path, stream=stream, interval_s=1000) as log:

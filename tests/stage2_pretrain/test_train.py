@@ -183,6 +183,11 @@ run(Path(sys.argv[1]), Path(sys.argv[2]))
 """
 
 
+def test_a_lost_metrics_line_moves_no_epoch() -> None:
+    losses = {2: 4.0, 3: 2.0, 4: 1.0}  # of two epochs of two steps; the first line was lost
+    assert [train._epoch_loss(losses, epoch, 2) for epoch in (1, 2, 3)] == [4.0, 1.5, None]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("where", ["2", "5", "export_encoder", "publish"])
 def test_killed_and_continued_has_the_same_id(where: str, whole: Artifact, corpus: Path, tmp_path: Path) -> None:
