@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import IO, Any, TextIO
 
 from shared.artifact import write_atomic
+from shared.errors import InterruptedRun
 from shared.events import FOLDER, Events
 
 METRICS = "run/metrics.jsonl"
@@ -29,7 +30,7 @@ _ROOT = Path(__file__).resolve().parent.parent.as_posix() + "/"
 _ABSOLUTE = re.compile(r"(?<![\w.~<>-])/(?:[^\s/'\":,]+/)+")
 _QUOTED = re.compile(r"""(?P<quote>['"])/[^'"\n]*/(?P<name>[^'"/\n]*)(?P=quote)""")
 """Paths in quotes may hold spaces."""
-_UNSAVED_ERRORS = ("KeyboardInterrupt", "InterruptedRun")
+_STOPS = (KeyboardInterrupt, InterruptedRun)
 
 
 class RunLog:
@@ -69,7 +70,7 @@ class RunLog:
     ) -> None:
         self._end_bar()
         with suppress(OSError):  # a full disk must not stand before the error that tells of it
-            if kind is not None and kind.__name__ not in _UNSAVED_ERRORS:
+            if kind is not None and not issubclass(kind, _STOPS):
                 self._write("error", "".join(traceback.format_exception(kind, error, trace)).rstrip())
             elif kind is not None:
                 self._write("info", f"stopped: {str(error) or kind.__name__}")

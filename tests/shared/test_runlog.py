@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shared.errors import InterruptedRun
 from shared.runlog import RunLog, duration, read_metrics, scrub
 
 
@@ -42,6 +43,17 @@ def test_files_hold_no_absolute_path(tmp_path):
     assert "OSError: broken" in text
     assert "a.png" in text
     assert "tests/shared/test_runlog.py" in text  # the traceback still tells where
+
+
+class OfAKindError(InterruptedRun):
+    kind = "lost"
+
+
+def test_a_stop_of_any_kind_is_one_line_and_no_traceback(tmp_path):
+    with pytest.raises(OfAKindError), RunLog(tmp_path, stream=io.StringIO()):
+        raise OfAKindError("another process ended")
+    (line,) = (tmp_path / "run/run.log").read_text().splitlines()
+    assert line.endswith("info: stopped: another process ended")
 
 
 def test_metrics_survive_a_torn_line_and_rewind(tmp_path):
