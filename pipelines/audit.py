@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from shared.artifact import CARD, Card, Finding, Input, file_sha256, publish, read_card, verify
+from shared.artifact import CARD, Card, Finding, Input, file_sha256, publish, read_card, verify, write_atomic
 from shared.config import digest
 from shared.corpus import SAMPLES
 from shared.errors import CorruptError, IncompatibleError, InputMissingError, UsageError
@@ -302,7 +302,7 @@ def _publish(result: AuditResult, out: Path, level: str, cards: Iterable[Card], 
         status, _ = begin(out, kind="audit-report", inputs=inputs, spec=spec, resolved=f"level: {level}\n")
         if status == "done":
             return
-        (out / "report.html").write_text(audit_report(result.as_dict()["rows"]), encoding="utf-8")
+        write_atomic(out / "report.html", audit_report(result.as_dict()["rows"]).encode())
         publish(
             out,
             kind="audit-report",

@@ -11,6 +11,7 @@ import numpy as np
 
 from shared.artifact import CARD, read_card, write_atomic
 from shared.errors import InputMissingError, UsageError
+from shared.workspace import refuse_inside_artifact
 
 if TYPE_CHECKING:
     from shared.images import Image
@@ -69,6 +70,8 @@ def inspect_sample(
     """
     if out is not None and images is None:
         raise UsageError("--out needs --images", hint="a store holds maps, not pixels")
+    if out is not None:
+        refuse_inside_artifact(out)
     if not (path / CARD).exists() and (path / "encoder" / CARD).exists():
         path = path / "encoder"
     kind = read_card(path).identity.kind

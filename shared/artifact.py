@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -136,6 +136,7 @@ def publish(
 
     Raises:
         UsageError: The folder is already published; artifacts are never edited.
+        DiskFullError: No room for the card, or for what other writers left unwritten.
     """
     if (folder / CARD).exists():
         raise UsageError(f"{folder}: already published; artifacts are never edited")
@@ -161,6 +162,7 @@ def publish(
         "provenance": provenance.model_dump(mode="json"),
     }
     body["card_sha256"] = _sha256(rfc8785.dumps(body))
+    _make_durable(folder, files)
     write_atomic(folder / CARD, rfc8785.dumps(body))
     return Card.model_validate(body)
 
@@ -300,6 +302,19 @@ def fsync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _make_durable(folder: Path, names: Iterable[str]) -> None:
+    """Bring files and their folders to disk: a power cut must not leave a card without what it lists."""
+    folders = {folder}
+    for name in names:
+        path = folder / name
+        folders.update(folder / parent for parent in Path(name).parents)
+        if not path.is_symlink():
+            with full_disk_is_named(path.parent, path.stat().st_size), path.open("rb") as file:
+                os.fsync(file.fileno())
+    for inner in sorted(folders, reverse=True):
+        fsync_folder(inner)
 
 
 def _bytes(path: Path) -> bytes:

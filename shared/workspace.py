@@ -63,9 +63,7 @@ def look(
     Raises:
         UsageError: Also where the folder cannot be made or written in.
     """
-    for parent in out.resolve().parents:
-        if (parent / CARD).exists():
-            raise UsageError(f"{out}: lies inside the published artifact {parent}", hint="name a folder outside of it")
+    refuse_inside_artifact(out)
     wanted = _wanted(kind, inputs, spec)
     if (out / CARD).exists():
         card = read_card(out, kind)
@@ -82,6 +80,13 @@ def look(
     if out.is_dir() and any(path.name not in (LEASE, "run") for path in out.iterdir()):
         raise UsageError(f"{out}: not empty, and not a run of mwm", hint="name another folder with --out")
     return "new", None
+
+
+def refuse_inside_artifact(out: Path) -> None:
+    """Raise UsageError where ``out``, a file or a folder to be written, lies inside a published artifact."""
+    for parent in out.resolve().parents:
+        if (parent / CARD).exists():
+            raise UsageError(f"{out}: lies inside the published artifact {parent}", hint="name a place outside of it")
 
 
 def refuse_unwritable(out: Path) -> None:

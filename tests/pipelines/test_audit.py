@@ -1,8 +1,10 @@
 """Verdicts and exit codes of an audit, where somebody rewrote the card as well; test_corruption.py damages bytes."""
 
+import errno
 import hashlib
 import itertools
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +16,7 @@ import rfc8785
 
 from pipelines.audit import AuditResult, Row, Verdict, audit
 from shared.artifact import CARD, Card, file_sha256, read_card
-from shared.errors import IncompatibleError, InputMissingError, UsageError
+from shared.errors import DiskFullError, IncompatibleError, InputMissingError, UsageError
 from tests.pipelines.conftest import Chain
 
 GOLDEN = Path(__file__).parents[1] / "compat" / "v0.1.0"
@@ -234,6 +236,20 @@ def test_an_audit_can_be_published_and_audited(chain: Chain, tmp_path: Path) -> 
     result = audit(chain.out)
     assert result.exit_code == 4
     assert [row.artifact for row in result.rows if row.verdict == "corrupt"] == ["mine"]
+
+
+def test_a_disk_that_is_full_leaves_no_half_report_of_an_audit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fsync = os.fsync
+
+    def full(descriptor: int) -> None:
+        if "report.html" in os.readlink(f"/proc/self/fd/{descriptor}"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(DiskFullError):
+        audit(GOLDEN / "model", out=tmp_path / "audit")
+    assert not list((tmp_path / "audit").glob("*report.html*"))
 
 
 def test_published_cards_fit_the_schema_of_the_models(finished: Chain) -> None:

@@ -91,6 +91,7 @@ def test_questions_that_have_no_answer_say_what_has(chain: Chain, mwm, tmp_path:
         ([chain.out / "scratch", "--sample", "p03.png"], "a model holds no samples"),
         ([tmp_path / "alone", "--sample", "p03.png"], "--regions PATH names it"),
         ([store, "--sample", "p03.png", *picture[:3], tmp_path / "no" / "p.png"], "its folder does not exist"),
+        ([store, "--sample", "p03.png", *picture[:3], store / "p.png"], "lies inside the published artifact"),
     ):
         code, out, err = mwm("inspect", *command)
         assert (code, out) == (2, ""), command

@@ -1,5 +1,6 @@
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -47,6 +48,19 @@ def test_what_a_kill_left_of_an_atomic_write_is_not_published(tmp_path: Path) ->
     card = publish(tmp_path / "a", kind="corpus", inputs=[], spec={}, outputs={})
     assert card.provenance.files == {}
     assert not list((tmp_path / "a" / "sub").iterdir())
+
+
+def test_files_and_folders_are_on_disk_before_the_card_names_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: set[int] = set()
+    before: list[set[int]] = []
+    replace = os.replace
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.add(os.fstat(descriptor).st_ino))
+    monkeypatch.setattr(os, "replace", lambda *names: (before.append(set(synced)), replace(*names)))
+    folder = make(tmp_path / "a")
+    assert len(before) == 1
+    assert {path.stat().st_ino for path in (folder / "sub" / "data.txt", folder / "sub", folder)} <= before[0]
 
 
 def test_the_id_knows_what_it_is_and_not_when_or_where(tmp_path: Path) -> None:
