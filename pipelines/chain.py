@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from shlex import quote
 from typing import Any, Literal, TypeVar
 
 from pydantic import Field
@@ -72,7 +73,8 @@ class Summary:
             f"where: {self.out}/report.html",
             f"digests: {digests}",
             f"skipped: {skipped} inputs quarantined",
-            f"next: open the report; then your own images: mwm localize --images FOLDER --out {self.out}-mine/regions",
+            f"next: open the report; then your own images: mwm localize --images FOLDER "
+            f"--out {quote(f'{self.out}-mine/regions')}",
         ]
 
 

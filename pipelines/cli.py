@@ -86,7 +86,7 @@ def _run(command: Callable[[], Any], verbose: bool, quiet: bool) -> int:
     except typer.Exit as error:
         return error.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        typer.echo("interrupted; the same command continues from the last saved state", err=True)
+        typer.echo("interrupted; the same command continues from what was saved, if anything was", err=True)
         return 75
     except SystemExit as left:  # click's own way with a reader that has left is an exit code of 1
         return 0 if isinstance(left.__context__, BrokenPipeError) else int(left.code or 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,6 +38,7 @@ def localize(
     quiet: Quiet = False,
 ) -> None:
     """Text prompts and images -> region store: a probability map per image and region."""
+    _refuse_torchrun("localize")
     from stage1_localize.config import LocalizeConfig
 
     config = read_config(LocalizeConfig, recipe, "localize", set_)
@@ -71,6 +73,7 @@ def pretrain(
     config = read_config(PretrainConfig, recipe, "pretrain", set_)
     check_artifact(regions, "region-store")
     if dry_run:
+        _refuse_torchrun("pretrain --dry-run")
         from pipelines.dry_run import tell
         from shared.regions import open_region_store
         from stage2_pretrain.rehearse import rehearse
@@ -108,6 +111,7 @@ def finetune(
     if encoder is not None:
         check_artifact(encoder, "encoder")
     if dry_run:
+        _refuse_torchrun("finetune --dry-run")
         from pipelines.dry_run import tell
         from stage3_finetune.rehearse import rehearse
 
@@ -133,6 +137,7 @@ def fit_grounder(
     quiet: Quiet = False,
 ) -> None:
     """COCO boxes or outlines -> head: new words for the grounder 'lite', from some thirty labelled images."""
+    _refuse_torchrun("fit-grounder")
     from shared.config import load
     from stage1_localize.fit_config import FitGrounderConfig
 
@@ -169,6 +174,7 @@ def run_(
     quiet: Quiet = False,
 ) -> None:
     """Run a whole recipe: localize, pretrain, finetune, audit, report. 'mwm run tour' shows it all."""
+    _refuse_torchrun("run")
     from pipelines.chain import ChainConfig, run_chain
 
     config = read_config(ChainConfig, recipe, None, set_)
@@ -184,6 +190,13 @@ def run_(
     else:
         for line in summary.lines():
             typer.echo(line)
+
+
+def _refuse_torchrun(what: str) -> None:
+    if "WORLD_SIZE" in os.environ:  # else torch need not be imported
+        from shared import ranks
+
+        ranks.refuse(what)
 
 
 def _published(out: Path, fresh: bool) -> bool:

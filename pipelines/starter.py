@@ -11,7 +11,7 @@ import statistics
 import textwrap
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -163,7 +163,9 @@ def write_recipe(out: Path, images: Path | None, labels: Path | None) -> Corpus 
     if labels is not None:
         from stage3_finetune.labels import read_table
 
-        read_table(labels, {})
+        examples, grouped = read_table(labels, {})
+        if corpus is not None and grouped:
+            corpus = replace(corpus, groups=len({example.group for example in examples}))
     text = recipe_text(corpus, choose(corpus), finetunes=labels is not None)
     validate(ChainConfig, yaml.safe_load(text))
     try:

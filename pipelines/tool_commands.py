@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import typer
@@ -129,6 +130,6 @@ def init(
     for line in corpus.lines() if corpus else ():
         typer.echo(line)
     typer.echo(f"made: {out}")
-    given = f"--images {images or '...'}{f' --labels {labels}' if labels else ''}"
-    typer.echo(f"next: name your regions in it; then mwm run {out} {given} --dry-run")
+    given = f"--images {quote(str(images)) if images else '...'}{f' --labels {quote(str(labels))}' if labels else ''}"
+    typer.echo(f"next: name your regions in it; then mwm run {quote(str(out))} {given} --dry-run")
     return None

@@ -132,7 +132,7 @@ def _file(path: Path, name: str, stamp: tuple[int, int]) -> tuple[Any, str, bool
     """
     data = read_bytes(path, name)
     if data[_MAGIC_AT : _MAGIC_AT + 4] != b"DICM":
-        raise DecodeError(f"{name}: not a DICOM file")
+        raise DecodeError(f"{name}: no DICOM file of part 10: no mark at byte 128")
     dataset, torn = _parse(io.BytesIO(data), _PIXELS, header_only=False, name=name)
     return dataset, hashlib.sha256(data).hexdigest(), torn
 

@@ -24,10 +24,11 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import os
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
@@ -42,6 +43,8 @@ from shared.pseudonyms import pseudonym
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".nii", ".nii.gz", *dicom.SUFFIXES)
 ID_BYTES_MAX = 128
+_COLUMNS = ("image", "group", "patient")
+"""And ``sample_id``; other columns of a list are the user's own."""
 _VOLUMES = (".nii", ".nii.gz")
 _DICOM = ("", *dicom.SUFFIXES)
 """A file that is read although its name says nothing has the mark of DICOM."""
@@ -213,11 +216,11 @@ def _listed(table: Path) -> Iterator[Source]:
         if not path.is_file():
             raise InputMissingError(f"{where}: {shown} does not exist")
         _refuse_escape(path, home, shown)
-        given = str(row.get("sample_id") or PurePosixPath(image).as_posix())
+        given = _cell(row, "sample_id", where) or PurePosixPath(image).as_posix()
         first = ids.setdefault(given, number)
         if first != number and suffix in _DICOM:
             raise UsageError(f"{table}: rows {first} and {number} have the same id")
-        group, patient = (str(row.get(name) or "").strip() for name in ("group", "patient"))
+        group, patient = (_cell(row, name, where).strip() for name in ("group", "patient"))
         if patient:
             group = group or pseudonym("patient", patient)
             other, line = patients.setdefault(patient, (group, number))
@@ -229,6 +232,27 @@ def _listed(table: Path) -> Iterator[Source]:
         yield _source(path, given, group or None)
 
 
+def _cell(row: Mapping[str, object], name: str, where: str) -> str:
+    """A value as text; whole numbers stand for themselves, everything else that JSON knows is refused."""
+    value = row.get(name)
+    if value is None or isinstance(value, str):
+        return value or ""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    raise UsageError(f"{where}: '{name}' is a {type(value).__name__}, expected text or a whole number")
+
+
+def _check_columns(names: Sequence[str], where: str) -> None:
+    """Refuse a column given twice, and one that is almost one of ours: a group by another name would be lost."""
+    for name in names:
+        if names.count(name) > 1:
+            raise UsageError(f"{where}: column '{name}' is given twice")
+        near = name.lower().strip().replace("_", "").replace(" ", "").replace("-", "")
+        meant = {"sampleid": "sample_id", **{known + end: known for known in _COLUMNS for end in ("", "s", "id")}}
+        if name not in (*_COLUMNS, "sample_id") and near in meant:
+            raise UsageError(f"{where}: unknown column '{name}'", hint=f"did you mean '{meant[near]}'? Rename it")
+
+
 def _rows(table: Path) -> Iterator[tuple[int, dict[str, object]]]:
     """Rows of a list with their line numbers (the header of a CSV is line 1)."""
     try:
@@ -236,23 +260,28 @@ def _rows(table: Path) -> Iterator[tuple[int, dict[str, object]]]:
     except UnicodeDecodeError:
         raise UsageError(f"images {table}: expected UTF-8 text, CSV or JSONL") from None
     if table.suffix.lower() == ".jsonl":
-        for number, line in enumerate(text.splitlines(), 1):
+        for number, line in enumerate(text.split("\n"), 1):
             try:
                 row = json.loads(line) if line.strip() else None
             except ValueError:
                 raise UsageError(f"{table}, row {number}: not JSON") from None
             if isinstance(row, dict):
+                _check_columns([*row], f"{table}, row {number}")
                 yield number, row
             elif row is not None:
                 raise UsageError(f"{table}, row {number}: expected a JSON object")
         return
     if table.suffix.lower() != ".csv":
         raise UsageError(f"images {table}: a list ends in .csv or .jsonl")
-    reader = csv.DictReader(text.splitlines())
-    if "image" not in (reader.fieldnames or ()):
-        raise UsageError(f"images {table}: no column 'image'; found {', '.join(reader.fieldnames or ()) or 'nothing'}")
+    reader = csv.DictReader(io.StringIO(text, newline=""), restkey="")
+    reader.fieldnames = columns = [name.strip() for name in reader.fieldnames or ()]
+    if "image" not in columns:
+        raise UsageError(f"images {table}: no column 'image'; found {', '.join(columns) or 'nothing'}")
+    _check_columns(columns, f"images {table}")
     for row in reader:
-        yield reader.line_num, dict(row)
+        if any(row.get("", ())):
+            raise UsageError(f"{table}, row {reader.line_num}: more cells than columns")
+        yield reader.line_num, {name: value for name, value in row.items() if name}
 
 
 def _slices(source: Source) -> Iterator[Source]:

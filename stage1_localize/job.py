@@ -271,7 +271,7 @@ class _Run:
         allowed = self.config.failures_allowed(self.layout.samples)
         if count > allowed:
             raise QuarantineError(
-                f"{self.out.name}: {count} of {self.layout.samples} images failed, max_failures allows {allowed}",
+                f"{self.out.name}: {count} of {self.layout.samples} failed so far, max_failures allows {allowed}",
                 hint="raise max_failures and run the same command: it continues with what is done",
             )
 

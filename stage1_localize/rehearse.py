@@ -224,7 +224,10 @@ def _formats(sources: Sequence[Source]) -> str:
 
     files = {source.path for source in sources}
     names = Counter(
-        next(suffix for suffix in sorted(SUFFIXES, key=len, reverse=True) if path.name.lower().endswith(suffix))[1:]
+        next(
+            (end[1:] for end in sorted(SUFFIXES, key=len, reverse=True) if path.name.lower().endswith(end)),
+            "DICOM by its mark",
+        )
         for path in files
     )
     return ", ".join(f"{count} {name}" for name, count in names.most_common()) + f", {size(_bytes(files))}"

@@ -243,3 +243,43 @@ def test_a_volume_of_absurd_size_stays_one_sample(tmp_path: Path) -> None:
     with (tmp_path / "v.nii").open("wb") as file:
         header.write_to(file)
     assert [source.slice_index for source in find_sources(tmp_path)] == [None]
+
+
+def listed(tmp_path: Path, name: str, text: str) -> list[Source]:
+    for image in ("a.png", "b.png"):
+        Pillow.fromarray(np.zeros((4, 4), np.uint8)).save(tmp_path / image)
+    (tmp_path / name).write_text(text, encoding="utf-8", newline="")
+    return find_sources(tmp_path / name)
+
+
+def test_numbers_in_a_list_are_names_like_any_other(tmp_path: Path) -> None:
+    rows = [{"image": "a.png", "sample_id": 0, "group": 0}, {"image": "b.png", "sample_id": 1, "group": 0}]
+    found = listed(tmp_path, "list.jsonl", "\n".join(map(json.dumps, rows)))
+    assert [(source.sample_id, source.group) for source in found] == [("0", "0"), ("1", "0")]
+
+
+@pytest.mark.parametrize("value", ["1.0", "NaN", "true", '["P1"]', '{"a": 1}'])
+def test_other_json_is_no_name(tmp_path: Path, value: str) -> None:
+    for column in ("sample_id", "group", "patient"):
+        with pytest.raises(UsageError, match=f"row 1: '{column}' is a"):
+            listed(tmp_path, "list.jsonl", f'{{"image": "a.png", "{column}": {value}}}')
+
+
+@pytest.mark.parametrize(
+    ("header", "row", "match"),
+    [
+        ("image,patient_id", "a.png,P1", "unknown column 'patient_id'"),
+        ("image,Group", "a.png,g", "unknown column 'Group'"),
+        ("image,SampleID", "a.png,x", "unknown column 'SampleID'"),
+        ("image,image", "a.png,b.png", "column 'image' is given twice"),
+        ("image,group", "a.png,g,more", "row 2: more cells than columns"),
+    ],
+)
+def test_columns_that_would_be_lost_are_refused(tmp_path: Path, header: str, row: str, match: str) -> None:
+    with pytest.raises(UsageError, match=match):
+        listed(tmp_path, "list.csv", f"{header}\n{row}\n")
+
+
+def test_spaces_around_columns_lines_in_cells_and_columns_of_the_users_own(tmp_path: Path) -> None:
+    found = listed(tmp_path, "list.csv", 'image, group,note\na.png,g1,"two\nlines"\nb.png,g\u20282,\x0b\n')
+    assert [source.group for source in found] == ["g1", "g\u20282"]
