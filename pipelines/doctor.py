@@ -156,7 +156,7 @@ def _zarr() -> Check:
 
 def _dicom() -> Check:
     """A folder ``dl/`` on the path is imported by python-gdcm in place of what it means."""
-    plugins = {"pylibjpeg-libjpeg": "JPEG", "pylibjpeg-openjpeg": "JPEG 2000", "pylibjpeg-rle": "RLE"}
+    plugins = {"pylibjpeg-libjpeg": "JPEG Lossless, JPEG-LS and 12 bit JPEG", "pylibjpeg-openjpeg": "JPEG 2000"}
     here = [name for name in (*plugins, "python-gdcm") if _version(name)]
     hidden = PathFinder.find_spec("dl") if "python-gdcm" in here else None
     if hidden is not None:
@@ -168,15 +168,15 @@ def _dicom() -> Check:
             "no 'dl' on the path",
             "rename that folder, or start elsewhere",
         )
-    lacking = [] if "python-gdcm" in here else [form for name, form in plugins.items() if name not in here]
+    lacking = [form for name, form in plugins.items() if name not in here]
     found = f"pydicom {version('pydicom')}" + (f" with {', '.join(here)}" if here else "")
     if lacking:
         return Check(
             "dicom",
             "absent",
             found,
-            f"decoders of {', '.join(lacking)}, for compressed DICOM",
-            "pip install pylibjpeg[all]",
+            f"decoders of {', '.join(lacking)}, for DICOM in these syntaxes",
+            "pip install 'mask-what-matters[dicom]'",
         )
     return Check("dicom", "ok", found)
 

@@ -127,6 +127,9 @@ def test_a_folder_dl_beside_gdcm(installed, tmp_path: Path, monkeypatch: pytest.
     assert str(tmp_path / "dl") in found.found
     installed["python-gdcm"] = (None, [])
     assert run(doctor._dicom).state == "ok"
+    installed["pylibjpeg-openjpeg"] = (None, [])
+    found = run(doctor._dicom)
+    assert (found.state, "JPEG 2000" in found.expected) == ("absent", True)
 
 
 def test_a_tests_folder_that_hides_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
