@@ -3,11 +3,8 @@
 import hashlib
 import json
 import os
-import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -332,21 +329,3 @@ def test_a_full_disk_exits_75_and_the_same_command_continues(tmp_path: Path, mwm
         subprocess.run(["umount", "-l", small], check=True)
     assert mwm(*localize(chain, tmp_path / "r"))[0] == 0
     assert read_card(tmp_path / "r").artifact_id == whole
-
-
-@pytest.mark.slow
-def test_sigterm_in_pretraining_exits_75_and_continues_to_the_same_encoder(chain: Chain) -> None:
-    whole = read_card(chain.out / "encoder").artifact_id
-    shutil.rmtree(chain.out / "encoder")
-    command = [sys.executable, "-m", "pipelines.cli", "pretrain", str(chain.recipe), "--images", str(chain.images),
-               "--regions", str(chain.out / "regions"), "--out", str(chain.out / "encoder"),
-               "--set", "save_every_steps=1"]  # fmt: skip
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    while process.poll() is None and not list(chain.out.glob("encoder/run/state/step-*")):
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode in (0, 75), err
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert read_card(chain.out / "encoder").artifact_id == whole

@@ -4,7 +4,7 @@ import errno
 import os
 import shutil
 import signal
-import threading
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from shared.errors import (
 )
 from shared.images import find_sources, read_image
 from shared.lease import Lease
+from shared.region_journal import ShardJournal
 from shared.regions import RegionStore, verify_store
 from stage1_localize.job import even_micro_batch, localize
 from tests.stage1_localize.planted_corpus import disc_map, recipe, start, write_image, write_images
@@ -210,12 +211,11 @@ STALLS = {
 }
 
 
-@pytest.mark.parametrize("phase", STALLS)
-def test_kill_nine_anywhere_changes_no_id(phase: str, whole: RegionStore, images: Path, tmp_path: Path) -> None:
-    where, name, number = STALLS[phase]
+def stalled(images: Path, out: Path, where: str, name: str, number: int) -> "subprocess.Popen[str]":
+    """A run that has come to a call and stays in it; see `STALLS`."""
     module, _, _ = where.partition(".ShardJournal")
     target = "module.ShardJournal" if where.endswith("ShardJournal") else "module"
-    marker = tmp_path / "stalled"
+    marker = out.with_name("stalled")
     patch = f"""
 import importlib, pathlib, time
 module = importlib.import_module({module!r})
@@ -228,13 +228,24 @@ def stall(*args, **kwargs):
     return plain(*args, **kwargs)
 {target}.{name} = stall
 """
-    process = start(images, tmp_path / "out", recipe(), patch)
+    process = start(images, out, recipe(), patch)
     try:
-        until = time.monotonic() + 60
+        limit = time.monotonic() + 120
         while not marker.exists():
             assert process.poll() is None, process.communicate()[1]
-            assert time.monotonic() < until
+            assert time.monotonic() < limit
             time.sleep(0.02)
+    except BaseException:
+        process.kill()
+        process.communicate()
+        raise
+    return process
+
+
+@pytest.mark.parametrize("phase", STALLS)
+def test_kill_nine_anywhere_changes_no_id(phase: str, whole: RegionStore, images: Path, tmp_path: Path) -> None:
+    process = stalled(images, tmp_path / "out", *STALLS[phase])
+    try:
         with pytest.raises(LockedError):
             localize(recipe(), images=images, out=tmp_path / "out")
     finally:
@@ -248,28 +259,29 @@ def stall(*args, **kwargs):
 
 
 def test_a_continued_run_says_what_it_keeps(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    process = start(images, tmp_path / "out", recipe(options={"delay_ms": 100}))
-    while not list((tmp_path / "out").glob("journal/shard-00002.rows")):
-        assert process.poll() is None
-        time.sleep(0.02)
+    process = stalled(images, tmp_path / "out", "shared.region_journal.ShardJournal", "append_maps", 4)
     process.kill()
     process.communicate()
     localize(recipe(), images=images, out=tmp_path / "out")
     assert "continuing: 4 of 20 images are done" in capsys.readouterr().err
 
 
-def test_a_signal_stops_it_cleanly(images: Path, whole: RegionStore, tmp_path: Path) -> None:
-    def press() -> None:
-        while not list((tmp_path / "out").glob("journal/shard-00001.rows")):
-            time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGTERM)
+def test_a_signal_stops_it_cleanly(
+    images: Path, whole: RegionStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    plain = ShardJournal.append_maps
+
+    def press(*args: Any) -> None:
+        calls.append(0)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        plain(*args)
 
     before = signal.getsignal(signal.SIGTERM)
-    thread = threading.Thread(target=press)
-    thread.start()
+    monkeypatch.setattr(ShardJournal, "append_maps", press)
     with pytest.raises(InterruptedRun, match=r"SIGTERM after .* of 20 images") as caught:
-        localize(recipe(options={"delay_ms": 50}), images=images, out=tmp_path / "out")
-    thread.join()
+        localize(recipe(), images=images, out=tmp_path / "out")
     assert caught.value.exit_code == 75
     assert signal.getsignal(signal.SIGTERM) is before
     assert localize(recipe(), images=images, out=tmp_path / "out").card.artifact_id == whole.card.artifact_id
@@ -307,10 +319,7 @@ def test_no_room_is_said_before_anything_is_computed(
 
 
 def test_a_lost_journal_is_no_silent_new_run(images: Path, tmp_path: Path) -> None:
-    process = start(images, tmp_path / "out", recipe(options={"delay_ms": 100}))
-    while not list((tmp_path / "out").glob("journal/shard-00001.rows")):
-        assert process.poll() is None
-        time.sleep(0.02)
+    process = stalled(images, tmp_path / "out", *STALLS["rows"])
     process.kill()
     process.communicate()
     shutil.rmtree(tmp_path / "out" / "journal")
