@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -137,13 +138,12 @@ def print_json(value: Any) -> None:
 
 def command_told() -> str:
     """The command line for provenance, with everything that may be a path or a name replaced by a placeholder."""
-    from shared.runlog import scrub
-
     words, arguments = ["mwm"], iter(sys.argv[1:])
     for word in arguments:
         option, equals, value = word.partition("=")
         if option == "--set":
-            words += ["--set", scrub(value if equals else next(arguments, ""))]
+            key, sign, setting = (value if equals else next(arguments, "")).partition("=")
+            words += ["--set", key + sign + ("<path>" if re.search(r"[/\\]", setting) else setting)]
         elif word.startswith("-"):
             words.append(option)
             if equals or option in ("--level", "--scheduler") or option.removeprefix("--") in _PATHS:

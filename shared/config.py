@@ -157,8 +157,8 @@ def digest(value: Any) -> str:
 
 
 def dump_yaml(config: BaseModel) -> str:
-    """The resolved configuration as YAML, every key present."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    """The resolved configuration as YAML, every key present, and no text (a path with spaces) cut into lines."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=1 << 30)
 
 
 def _plain(value: Any) -> Any:

@@ -180,7 +180,7 @@ def _walk(root: Path) -> Iterator[Source]:
             if name.startswith(".") or (name in names and not _suffix(name) and not _unnamed_dicom(path)):
                 continue
             if path.is_symlink():
-                _refuse_escape(path, home)
+                _refuse_escape(path, home, "a folder" if name in links else _shown(path))
             if name in names:
                 yield _source(path, path.relative_to(root).as_posix())
 
@@ -207,7 +207,7 @@ def _listed(table: Path) -> Iterator[Source]:
         if not isinstance(image, str) or not image:
             raise UsageError(f"{where}: no value in column 'image'")
         suffix = _suffix(image)
-        shown = "image" if suffix in _DICOM else f"image {image!a}"  # DICOM may be named after a patient
+        shown = "image" if suffix in _DICOM else f"image {image!a}"  # as in `_shown`
         path = table.parent / image
         if PurePosixPath(image).is_absolute() or "\0" in image or ".." in PurePosixPath(image).parts:
             raise UsageError(f"{where}: {shown} is not a path inside the list's folder")
@@ -317,9 +317,17 @@ def _frames(source: Source) -> Iterator[Source]:
         )
 
 
-def _refuse_escape(path: Path, home: Path, shown: str = "") -> None:
+def _shown(path: Path) -> str:
+    """A file in a message: DICOM may be named after a patient."""
+    return "a DICOM file" if _suffix(path.name) in _DICOM else ascii(str(path))
+
+
+def _refuse_escape(path: Path, home: Path, shown: str) -> None:
     if not path.resolve().is_relative_to(home):
-        raise UsageError(f"{shown or path}: a symbolic link out of the corpus is refused", hint="copy the file instead")
+        raise UsageError(
+            f"{shown}: a symbolic link out of the corpus is refused",
+            hint="copy what it points to instead; 'find FOLDER -type l' lists links",
+        )
 
 
 def _refuse_ids(sources: list[Source]) -> None:
@@ -328,13 +336,13 @@ def _refuse_ids(sources: list[Source]) -> None:
     for source in sources:
         fault = _id_fault(source.sample_id)
         if fault:
-            problems.append(f"sample id {source.sample_id!a} of {str(source.path)!a}: {fault}")
+            problems.append(f"sample id {source.sample_id!a} of {_shown(source.path)}: {fault}")
             continue
         other = seen.setdefault(unicodedata.normalize("NFC", source.sample_id.casefold()), source)
         if other is not source:
             same = "the same id" if other.sample_id == source.sample_id else "ids that look alike"
             problems.append(
-                f"{str(other.path)!a} and {str(source.path)!a} have {same}: "
+                f"{_shown(other.path)} and {_shown(source.path)} have {same}: "
                 f"{other.sample_id!a} and {source.sample_id!a}"
             )
     if problems:

@@ -27,9 +27,12 @@ METRICS = "run/metrics.jsonl"
 LOG = "run/run.log"
 
 _ROOT = Path(__file__).resolve().parent.parent.as_posix() + "/"
-_ABSOLUTE = re.compile(r"(?<![\w.~<>-])/(?:[^\s/'\":,]+/)+")
-_QUOTED = re.compile(r"""(?P<quote>['"])/[^'"\n]*/(?P<name>[^'"/\n]*)(?P=quote)""")
-"""Paths in quotes may hold spaces."""
+_APOSTROPHE = r"(?<=\w)'(?=\w)"
+_ABSOLUTE = re.compile(rf"""(?<![\w.~<>-])/(?=[^\s/])(?:[^'":\n]|:(?!\s)|{_APOSTROPHE})*/""")
+"""Folders are named after patients, with spaces and commas: to the last slash before a colon, quote or end of line."""
+_QUOTED = re.compile(
+    r"""(?P<quote>['"])/(?:(?!(?P=quote)(?!\w)).)*/(?P<name>(?:(?!(?P=quote)(?!\w))[^/\n])*)(?P=quote)"""
+)
 _STOPS = (KeyboardInterrupt, InterruptedRun)
 
 
@@ -245,10 +248,14 @@ def read_metrics(out: Path) -> list[dict[str, Any]]:
 def scrub(text: str) -> str:
     """Shorten absolute paths to their last part; files of this project to their path in it.
 
+    Where a path without quotes ends cannot be known: what follows it may go too, up to a last slash.
+
     >>> scrub("cannot read /data/jane/scan 1.png: broken")
     'cannot read <path>/scan 1.png: broken'
     >>> scrub("cannot read '/data/Jane Doe/MRN 1/x.png'")
     "cannot read '<path>/x.png'"
+    >>> scrub("images /data/Jane Doe/MRN 1/scans: no such folder")
+    'images <path>/scans: no such folder'
     """
     quoted = _QUOTED.sub(r"\g<quote><path>/\g<name>\g<quote>", text.replace(_ROOT, ""))
     return _ABSOLUTE.sub("<path>/", quoted)

@@ -17,7 +17,7 @@ from shared.cores import cores
 from shared.corpus import write_corpus
 from shared.errors import DecodeError, DiskFullError, InterruptedRun, QuarantineError
 from shared.lease import Lease
-from shared.runlog import RunLog
+from shared.runlog import RunLog, scrub
 from shared.signals import Signals
 from shared.workspace import begin, set_aside
 from stage1_localize.choose import choose, honest_scores
@@ -64,7 +64,7 @@ def fit_grounder(
         set_aside(out)
     with Lease(out):
         status, card = begin(
-            out, kind=KIND, inputs=ready.inputs, spec=ready.spec(), resolved=dump_yaml(ready.config), fresh=fresh
+            out, kind=KIND, inputs=ready.inputs, spec=ready.spec(), resolved=scrub(dump_yaml(ready.config)), fresh=fresh
         )
         if status != "done":
             with RunLog(out) as log, Signals() as signals:

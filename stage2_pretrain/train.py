@@ -26,7 +26,7 @@ from shared.merkle import tensor_digest
 from shared.order import steps_per_epoch
 from shared.regions import RegionStore, open_region_store
 from shared.report import pretrain_report
-from shared.runlog import RunLog, read_metrics
+from shared.runlog import RunLog, read_metrics, scrub
 from shared.workspace import begin, set_aside
 from stage2_pretrain.checks import check_grid, check_ranks, check_strided
 from stage2_pretrain.config import PretrainConfig
@@ -76,7 +76,7 @@ def pretrain(
         with Lease(out) if ranks.rank() == 0 else nullcontext():
             run = prepare(config, store, images, out)
             inputs = (Input(role="regions", kind="region-store", artifact_id=store.card.artifact_id),)
-            told: dict[str, Any] = {"spec": run.spec, "resolved": dump_yaml(config), "fresh": fresh}
+            told: dict[str, Any] = {"spec": run.spec, "resolved": scrub(dump_yaml(config)), "fresh": fresh}
             card = ranks.from_first(lambda: begin(out, kind="encoder", inputs=inputs, **told)[1])
             if card is None:
                 with RunLog(out) if ranks.rank() == 0 else ranks.Unheard(out) as log:

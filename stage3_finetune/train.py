@@ -24,7 +24,7 @@ from shared.loop import VERSION as LOOP_VERSION
 from shared.loop import Plan, fit
 from shared.merkle import tensor_digest
 from shared.order import schedule, steps_per_epoch
-from shared.runlog import RunLog
+from shared.runlog import RunLog, scrub
 from shared.workspace import begin, set_aside
 from stage3_finetune.config import AugmentConfig, FinetuneConfig
 from stage3_finetune.data import Batch, Part, also_in_train, digest_images, plain_order
@@ -147,7 +147,7 @@ def finetune(
     if fresh:
         set_aside(out)
     with Lease(out):
-        _, card = begin(out, kind="model", inputs=start.inputs, spec=ready.spec, resolved=dump_yaml(config))
+        _, card = begin(out, kind="model", inputs=start.inputs, spec=ready.spec, resolved=scrub(dump_yaml(config)))
         if card is not None:
             return Artifact(out, card)
         torch.set_num_threads(int(config.threads))

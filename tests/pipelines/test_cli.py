@@ -273,7 +273,11 @@ def test_a_card_repeats_no_path_or_name_of_the_command(monkeypatch: pytest.Monke
     assert "john" not in told
     assert "jane" not in told
     monkeypatch.setattr(sys, "argv", ["mwm", "localize", "--set", "grounder.options.head=/srv/jane/heads/h@sha256:ab"])
-    assert command_told() == "mwm localize --set grounder.options.head=<path>/h@sha256:ab"
+    assert command_told() == "mwm localize --set grounder.options.head=<path>"
+    for value in ("/data/Jane Doe/x", "[a, /srv/Jane Doe/x]", "jane/h", "~/jane", "C:\\Jane Doe"):
+        for given in (["--set", f"head={value}"], [f"--set=head={value}"]):
+            monkeypatch.setattr(sys, "argv", ["mwm", "localize", *given, "--set", "seed=3"])
+            assert command_told() == "mwm localize --set head=<path> --set seed=3"
     monkeypatch.setattr(sys, "argv", ["mwm", "audit", "patient7", "--level", "masks"])
     assert command_told() == "mwm audit <path> --level masks"
 

@@ -213,6 +213,26 @@ def test_patients_of_a_list_become_groups_by_pseudonym(tmp_path: Path) -> None:
     assert "MRN" not in repr(found)
 
 
+def test_faults_of_ids_and_links_name_no_dicom_file(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    write_dicom(home / "list" / "DOE^1.dcm", RAMP)
+    write_dicom(home / "list" / "DOE^2.dcm", RAMP)
+    (home / "list.csv").write_text("image,sample_id\nlist/DOE^1.dcm,caf\u00e9\nlist/DOE^2.dcm,cafe\u0301\n")
+    outside = write_dicom(tmp_path / "DOE^3.dcm", RAMP)
+    cases = [(home / "list.csv", "a DICOM file and a DICOM file have the same id")]
+    for name, target, said in (
+        ("DOE^4.dcm", outside, "a DICOM file: a symbolic"),
+        ("DOE", tmp_path, "a folder: a sym"),
+    ):
+        (home / name.lower()).mkdir()
+        (home / name.lower() / name).symlink_to(target)
+        cases.append((home / name.lower(), said))
+    for root, said in cases:
+        with pytest.raises(UsageError, match=said) as caught:
+            find_sources(root)
+        assert "DOE" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("rows", "said"),
     [

@@ -134,7 +134,23 @@ def test_scrub_keeps_only_the_last_part(parts):
     assert scrub("x /" + "/".join(parts)) == f"x <path>/{parts[-1]}"
 
 
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("images /data/Jane Doe/MRN 1/scans: no such folder", "images <path>/scans: no such folder"),
+        ("cannot read /data/Doe, Jane/MRN:1/x.png", "cannot read <path>/x.png"),
+        ("head: /data/Jane Doe/MRN 1/h@sha256:ab\ngrid_px: 3/4", "head: <path>/h@sha256:ab\ngrid_px: 3/4"),
+        ("/data/Jane O'Doe/MRN 1/x.png is gone", "<path>/x.png is gone"),
+        ("'/data/Jane O'Doe/MRN 1/x.png' is gone", "'<path>/x.png' is gone"),
+        ("from /data/a/x to /srv/Jane Doe/MRN 1/y", "from <path>/y"),
+    ],
+)
+def test_scrub_takes_paths_with_spaces_without_quotes_whole(text, kept):
+    assert scrub(text) == kept
+
+
 def test_relative_paths_and_rates_stay():
+    assert scrub("area = height / width / 2") == "area = height / width / 2"
     assert scrub("run/metrics.jsonl at 312 img/s, 3/4 done") == "run/metrics.jsonl at 312 img/s, 3/4 done"
 
 
