@@ -20,6 +20,7 @@ from pipelines.options import print_json
 from shared.config import digest, dump_yaml
 from shared.forecast import Forecast, kept_aside, refuse_unusable, size
 from shared.merkle import row_digest
+from shared.pseudonyms import unsalted
 from shared.region_layout import SampleRow
 from shared.runlog import duration
 
@@ -62,6 +63,7 @@ def tell(config: BaseModel, forecasts: Mapping[str, Forecast], as_json: bool) ->
     typer.echo(f"settings sha256:{digest(config)[:16]}; dry run, nothing written", err=True)
 
 
+@unsalted()
 def rehearse_chain(
     config: ChainConfig, *, out: Path, images: Path | None, labels: Path | None, fresh: bool
 ) -> dict[str, Forecast]:

@@ -23,6 +23,7 @@ from pipelines.chain import ChainConfig
 from shared.config import validate
 from shared.errors import DecodeError, UsageError
 from shared.forecast import spread
+from shared.pseudonyms import unsalted
 from shared.workspace import refuse_unwritable
 from stage2_pretrain.config import PretrainConfig
 from stage3_finetune.config import FinetuneConfig
@@ -136,6 +137,7 @@ def choose(corpus: Corpus | None) -> dict[str, dict[str, Any]]:
     return chosen
 
 
+@unsalted()
 def write_recipe(out: Path, images: Path | None, labels: Path | None) -> Corpus | None:
     """Write a recipe that validates.
 

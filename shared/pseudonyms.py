@@ -3,7 +3,8 @@
 The salt is a file of the user's, made on first need: ``MWM_SALT_FILE``, else ``mwm/salt`` in the user's
 configuration folder. The same salt gives the same names, so another machine that is to make or read the same
 ids needs a copy of that file (by a safe way: who holds it can test a guessed name). It is read by the main
-process only; workers get finished names. Its content is never logged, printed or put into an artifact.
+process only; workers get finished names. Its content is never logged, printed or put into an artifact. What writes
+nothing (`unsalted`) makes do with a salt of its own where there is none yet.
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ import hmac
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
@@ -22,6 +26,8 @@ SALT_VARIABLE = "MWM_SALT_FILE"
 _SALT_BYTES = 32
 _DIGITS = 24
 _WRITER_WAIT_S = 2.0
+
+_unwritten: ContextVar[bytes | None] = ContextVar("unwritten", default=None)
 
 Kind = Literal["dicom", "patient", "study"]
 
@@ -36,7 +42,7 @@ def pseudonym(kind: Kind, name: str) -> str:
     Raises:
         UsageError: The salt cannot be read or made; `InputMissingError` where ``MWM_SALT_FILE`` names no file.
     """
-    digest = hmac.new(_salt(salt_path()), f"{kind}\0{name.strip()}".encode("utf-8", "surrogatepass"), "sha256")
+    digest = hmac.new(_salt_now(), f"{kind}\0{name.strip()}".encode("utf-8", "surrogatepass"), "sha256")
     return f"{kind}-{digest.hexdigest()[:_DIGITS]}"
 
 
@@ -47,6 +53,23 @@ def salt_path() -> Path:
         return Path(named)
     folder = os.environ.get("XDG_CONFIG_HOME") or os.environ.get("APPDATA")
     return (Path(folder) if folder else Path.home() / ".config") / "mwm" / "salt"
+
+
+@contextmanager
+def unsalted() -> Iterator[None]:
+    """Make no salt in here, or in a function that this decorates; where there is none yet, a passing one serves."""
+    token = _unwritten.set(_unwritten.get() or os.urandom(_SALT_BYTES))  # the same one inside of another
+    try:
+        yield
+    finally:
+        _unwritten.reset(token)
+
+
+def _salt_now() -> bytes:
+    path, unwritten = salt_path(), _unwritten.get()
+    if unwritten is not None and not os.environ.get(SALT_VARIABLE) and not path.exists():
+        return unwritten
+    return _salt(path)
 
 
 @lru_cache(maxsize=4)
@@ -74,9 +97,21 @@ def _salt(path: Path) -> bytes:
 
 
 def _make(path: Path) -> None:
+    """Written aside and linked to its name whole: a kill leaves no half salt, and of two processes one is first."""
+    aside = path.with_name(f"{path.name}.{os.getpid()}-{os.urandom(4).hex()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        place = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        place = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(place, "wb") as file:
+            file.write(os.urandom(_SALT_BYTES).hex().encode())
+            file.flush()
+            os.fsync(file.fileno())
+        os.link(aside, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
     except FileExistsError:
         return  # another process was first
     except OSError as error:
@@ -84,10 +119,9 @@ def _make(path: Path) -> None:
             f"salt {path}: cannot be made ({error.strerror})",
             hint=f"{SALT_VARIABLE} may name a file elsewhere that holds {2 * _SALT_BYTES} hexadecimal digits",
         ) from None
-    with os.fdopen(place, "wb") as file:
-        file.write(os.urandom(_SALT_BYTES).hex().encode())
-        file.flush()
-        os.fsync(file.fileno())
+    finally:
+        with suppress(OSError):
+            aside.unlink()
     print(
         f"made {path}, the secret behind DICOM ids and patient groups: keep it, and copy it to other machines that "
         "are to have the same ids",

@@ -11,6 +11,7 @@ from shared.cores import cores
 from shared.errors import QuarantineError
 from shared.forecast import Forecast, kept_aside, peak_bytes, refuse_unusable
 from shared.images import read_image
+from shared.pseudonyms import unsalted
 from shared.workspace import look
 from stage1_localize.fit_config import FitGrounderConfig
 from stage1_localize.fit_job import EMBEDDING_BYTES
@@ -24,6 +25,7 @@ START_S = 20.0
 """CPU seconds for models and report, likewise."""
 
 
+@unsalted()
 def forecast(
     config: FitGrounderConfig, *, images: Path, labels: Path, out: Path, fresh: bool = False
 ) -> tuple[FitGrounderConfig, Forecast]:

@@ -18,6 +18,7 @@ from shared.corpus import CorpusRow, list_corpus
 from shared.errors import QuarantineError
 from shared.forecast import Forecast, kept_aside, peak_bytes, refuse_unusable, size, spread
 from shared.images import Image, Source, find_sources
+from shared.pseudonyms import unsalted
 from shared.region_layout import plan_rows_per_shard, quarter
 from shared.region_shards import encode_chunk
 from shared.runlog import duration
@@ -55,6 +56,7 @@ class Rehearsed:
     count: int
 
 
+@unsalted()
 def rehearse(
     config: LocalizeConfig, *, images: Path, out: Path, scheduler: str | None = None, fresh: bool = False
 ) -> Rehearsed:

@@ -15,6 +15,7 @@ from shared.figures import png
 from shared.forecast import Forecast, kept_aside, peak_bytes, refuse_unusable, size
 from shared.loop import rehearse as rehearse_steps
 from shared.order import steps_per_epoch
+from shared.pseudonyms import unsalted
 from shared.runlog import duration
 from shared.workspace import look
 from stage2_pretrain.config import PretrainConfig
@@ -33,6 +34,7 @@ _EXAMPLE_BYTES = 70_000
 """Of the metrics a step; of the report without its examples, and with each at 128 px; measured."""
 
 
+@unsalted()
 def rehearse(
     config: PretrainConfig,
     *,

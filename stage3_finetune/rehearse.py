@@ -12,6 +12,7 @@ import torch
 from shared.forecast import Forecast, kept_aside, peak_bytes, refuse_unusable, size
 from shared.loop import rehearse as rehearse_steps
 from shared.order import steps_per_epoch
+from shared.pseudonyms import unsalted
 from shared.runlog import RunLog, duration
 from shared.workspace import look
 from stage3_finetune.config import FinetuneConfig
@@ -26,6 +27,7 @@ _ROW_BYTES = 150
 _RESAMPLES = 100
 
 
+@unsalted()
 def rehearse(
     config: FinetuneConfig,
     *,

@@ -4,12 +4,14 @@ import json
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
 from shared.artifact import CARD
 from shared.lease import Lease
 from tests.pipelines.conftest import Chain
+from tests.shared.dicom_files import write_dicom
 
 
 def commands(chain: Chain, out: Path) -> dict[str, list[object]]:
@@ -61,6 +63,19 @@ def test_nothing_is_written_and_the_figures_are_those_of_the_run(
         actual = folder_bytes(finished.out / made.get(step, step))
         assert forecast["disk_bytes"] == pytest.approx(actual, rel=0.2), (step, actual)
     assert list(told["forecast"]) == (["localize", "pretrain", "finetuned", "scratch"] if name == "run" else [name])
+
+
+def test_a_look_at_dicom_makes_no_salt(finished: Chain, mwm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MWM_SALT_FILE")
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    for number in range(3):
+        write_dicom(tmp_path / "images" / f"{number}.dcm", np.arange(4096, dtype=np.uint16).reshape(64, 64) + number)
+    images = ["--images", tmp_path / "images"]
+    code, _, err = mwm("localize", finished.recipe, *images, "--out", tmp_path / "x", "--dry-run")
+    assert (code, "3 found" in err) == (0, True), err
+    code, out, err = mwm("init", *images, "--out", tmp_path / "r.yaml")
+    assert (code, "1 groups" in out) == (0, True), err
+    assert not (tmp_path / "config").exists()
 
 
 def test_settings_are_data_and_the_rest_is_talk(finished: Chain, mwm, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from shared.errors import InputMissingError, UsageError
-from shared.pseudonyms import _make, pseudonym, salt_path
+from shared.pseudonyms import _make, pseudonym, salt_path, unsalted
 
 ROOT = Path(__file__).parents[2]
 
@@ -64,6 +64,27 @@ def test_a_salt_that_cannot_be_used_is_an_error_that_does_not_show_it(
         with pytest.raises(UsageError, match="64 hexadecimal digits") as caught:
             pseudonym("dicom", "a")
         assert not text or text not in str(caught.value)
+
+
+def test_a_kill_while_the_salt_is_written_leaves_none(home: Path) -> None:
+    code = "import os; os.fdopen = lambda *_: os._exit(9); from shared.pseudonyms import *; pseudonym('dicom', 'a')"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 9
+    assert not salt_path().exists()
+    assert pseudonym("dicom", "a") == pseudonym("dicom", "a")
+    assert len(bytes.fromhex(salt_path().read_text())) == 32
+
+
+def test_what_writes_nothing_makes_no_salt_but_uses_one_that_is_there(home: Path) -> None:
+    with unsalted():
+        passing = pseudonym("dicom", "a")
+        with unsalted():
+            assert pseudonym("dicom", "a") == passing
+        assert pseudonym("dicom", "b")[6:] != passing[6:]
+    assert list(home.iterdir()) == []
+    kept = pseudonym("dicom", "a")
+    assert kept != passing
+    with unsalted():
+        assert pseudonym("dicom", "a") == kept
 
 
 def test_two_processes_that_need_it_first_agree(home: Path) -> None:
