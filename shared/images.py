@@ -28,6 +28,7 @@ import io
 import json
 import os
 import unicodedata
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
@@ -125,7 +126,8 @@ def find_sources(root: Path) -> list[Source]:
     if not found:
         raise UsageError(what, hint="--images takes a folder of images, or a CSV or JSONL list with a column 'image'")
     _refuse_ids(found)
-    sources = [piece for source in found for piece in _slices(source)]
+    scans = {source.path: dicom.scan(source.path) for source in found if _suffix(source.path.name) in _DICOM}
+    sources = [piece for source in _grouped(found, scans) for piece in _slices(source, scans)]
     _refuse_ids(sources)
     return sorted(sources, key=lambda source: source.sample_id)
 
@@ -284,12 +286,34 @@ def _rows(table: Path) -> Iterator[tuple[int, dict[str, object]]]:
         yield reader.line_num, {name: value for name, value in row.items() if name}
 
 
-def _slices(source: Source) -> Iterator[Source]:
-    suffix = _suffix(source.path.name)
-    if suffix in _DICOM:
-        yield from _frames(source)
+def _grouped(sources: Sequence[Source], scans: Mapping[Path, dicom.Scan]) -> Iterator[Source]:
+    """DICOM without a group gets its patient, else whom other files of its study name, else its study."""
+    nobody = dicom.Scan(1, "", "")
+    named, owners = [], defaultdict(set)
+    for source in sources:
+        scan = scans.get(source.path, nobody)
+        if source.group is None and scan.patient:
+            source = replace(source, group=pseudonym("patient", scan.patient))
+        if source.group is not None:
+            owners[scan.study].add(source.group)
+        named.append((source, scan.study))
+    torn = sum(source.group is None and study != "" and len(owners[study]) > 1 for source, study in named)
+    if torn:
+        raise UsageError(
+            f"DICOM files that name no patient, in a study whose other files name several: {torn}",
+            hint="give a list with a column 'patient' or 'group'",
+        )
+    for source, study in named:
+        if source.group is None and study:
+            source = replace(source, group=next(iter(owners[study] or {pseudonym("study", study)})))
+        yield source
+
+
+def _slices(source: Source, scans: Mapping[Path, dicom.Scan]) -> Iterator[Source]:
+    if source.path in scans:
+        yield from _frames(source, scans[source.path].frames)
         return
-    count = count_slices(source.path) if suffix in _VOLUMES else None
+    count = count_slices(source.path) if _suffix(source.path.name) in _VOLUMES else None
     if count is None:  # one image; or unreadable: one sample, so that it is quarantined and counted, not lost
         yield source
         return
@@ -297,22 +321,16 @@ def _slices(source: Source) -> Iterator[Source]:
         yield Source(f"{source.sample_id}#z{index:04d}", source.path, index, source.group or source.sample_id)
 
 
-def _frames(source: Source) -> Iterator[Source]:
-    found = dicom.scan(source.path)
-    group = source.group
-    if group is None and found.patient:
-        group = pseudonym("patient", found.patient)
-    elif group is None and found.study:
-        group = pseudonym("study", found.study)
-    if found.frames == 1:
-        yield replace(source, group=group)
+def _frames(source: Source, count: int) -> Iterator[Source]:
+    if count == 1:
+        yield source
         return
-    for index in range(found.frames):
+    for index in range(count):
         yield Source(
             f"{source.sample_id}#f{index:04d}",
             source.path,
             index,
-            group or source.sample_id,
+            source.group or source.sample_id,
             f"{source.known_as}#f{index:04d}",
         )
 

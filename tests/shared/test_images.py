@@ -197,6 +197,21 @@ def test_a_broken_dicom_file_stays_one_sample(tmp_path: Path) -> None:
     assert len(find_sources(tmp_path)) == 2
 
 
+def test_a_file_without_a_patient_belongs_to_that_of_its_study(tmp_path: Path) -> None:
+    patients = {"a": None, "b": "P7", "c": None, "d": "P8", "e": "P9"}
+    for name, patient in patients.items():
+        study = {"c": "9.9", "d": "5.5", "e": "5.5"}.get(name, "1.2")
+        write_dicom(tmp_path / f"{name}.dcm", RAMP, PatientID=patient, StudyInstanceUID=study)
+    groups = {source.path.stem: source.group for source in find_sources(tmp_path)}
+    expected = {name: pseudonym("patient", patient) for name, patient in patients.items() if patient}
+    assert groups == {**expected, "a": expected["b"], "c": pseudonym("study", "9.9")}
+    (tmp_path / "list.csv").write_text("image,group\na.dcm,\nb.dcm,g\n")
+    assert [source.group for source in find_sources(tmp_path / "list.csv")] == ["g", "g"]
+    write_dicom(tmp_path / "f.dcm", RAMP, PatientID=None, StudyInstanceUID="5.5")
+    with pytest.raises(UsageError, match="name no patient, in a study whose other files name several: 1"):
+        find_sources(tmp_path)
+
+
 def test_patients_of_a_list_become_groups_by_pseudonym(tmp_path: Path) -> None:
     for name in ("1.png", "2.png", "3.png"):
         picture(tmp_path / name)
