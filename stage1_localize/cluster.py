@@ -9,13 +9,13 @@ from __future__ import annotations
 import logging
 import signal
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from shared.errors import InputMissingError, InterruptedRun
+from shared.errors import InputMissingError, InterruptedRun, UsageError
 from stage1_localize.shard import ShardTask, Standstill, run_shard
 
 CONNECT_S = 30
@@ -44,6 +44,7 @@ def run_on_dask(
 
     Raises:
         InputMissingError: The scheduler cannot be reached.
+        UsageError: A worker has more than one thread.
         InterruptedRun: Workers die before they reach an image, or the scheduler is gone.
         Exception: What a task raised.
     """
@@ -54,7 +55,7 @@ def run_on_dask(
         alone = False
         while waiting or running:
             with _scheduler_is_there():
-                threads = sum(client.nthreads().values())
+                threads = _threads(client.nthreads())
                 if not threads and not alone:
                     say("the Dask scheduler has no worker: waiting until one joins")
                     alone = True
@@ -73,6 +74,21 @@ def run_on_dask(
                     yield result
             if not poll([task.shard for task in running.values()]):
                 waiting.clear()
+
+
+def _threads(workers: Mapping[str, int]) -> int:
+    """Threads of all workers, each of which has one.
+
+    Asked again and again, for workers join late. An image that kills a worker kills what its other threads are
+    doing as well: after a few such deaths, images beside it would be quarantined for it.
+    """
+    for address, threads in workers.items():
+        if threads > 1:
+            raise UsageError(
+                f"Dask worker {address}: has {threads} threads, expected 1: they would die of each other's images",
+                hint="dask worker --nthreads 1 --nworkers N; what is finished is kept",
+            )
+    return len(workers)
 
 
 def _ended(running: Iterable[Any]) -> set[Any]:

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import signal
+import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
+from shared.errors import MwmError
 from stage1_localize.shard import ShardTask, Standstill, run_shard, stop_asked
 
 _POLL_S = 0.2
@@ -62,5 +66,16 @@ def _tell(task: ShardTask, to: Connection, parent: int) -> None:
         # An orphan ends with its micro-batch, and lets go of the shard.
         told: Any = run_shard(task, stopped=lambda: stop_asked(task) or os.getppid() != parent)
     except Exception as error:
-        told = error
+        told = _portable(error, task.shard)
     to.send(told)
+
+
+def _portable(error: Exception, shard: int) -> Exception:
+    """The error, or one that names it where it cannot travel: no word at all would pass for a death."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{Path(frame.filename).name}:{frame.lineno}"
+        return MwmError(f"shard {shard}: {type(error).__name__} at {where}", hint="the same command tells in full")
+    return error

@@ -4,16 +4,20 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import psutil
 import pytest
 
-from shared.errors import InputMissingError
+from shared.errors import InputMissingError, UsageError
 from shared.regions import verify_store
+from stage1_localize import cluster
 from stage1_localize.job import localize
 from tests.stage1_localize.planted_corpus import ROOT, disc_map, recipe, start, write_image, write_images
 
@@ -100,9 +104,39 @@ def test_a_scheduler_that_is_there_is_used(images: Path, expected: str, tmp_path
         assert len(cluster.workers) == 1
 
 
-def test_a_scheduler_that_is_not_there_is_named(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import stage1_localize.cluster as cluster
+OVER = threading.Event()
 
+
+def until_over(task: Any) -> dict[str, Any]:
+    """A shard that takes as long as the test that submits it."""
+    OVER.wait(60)
+    return {"shard": task.shard}
+
+
+def test_workers_of_several_threads_are_refused_also_when_they_join_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    import distributed
+
+    monkeypatch.setattr(cluster, "run_shard", until_over)
+    asked: list[int] = []
+
+    def join(running: list[int]) -> bool:
+        if not asked:
+            late.scale(2)
+        asked.append(0)
+        return True
+
+    options = {"processes": False, "dashboard_address": "127.0.0.1:0", "protocol": "tcp", "host": "127.0.0.1"}
+    with distributed.LocalCluster(n_workers=1, threads_per_worker=1, **options) as late:
+        late.new_spec["options"]["nthreads"] = 2
+        task: Any = SimpleNamespace(shard=0)
+        with pytest.raises(UsageError, match="has 2 threads, expected 1") as caught:
+            list(cluster.run_on_dask([task], workers=1, scheduler=late.scheduler_address, poll=join))
+        OVER.set()
+    assert asked
+    assert "--nthreads 1" in str(caught.value.hint)
+
+
+def test_a_scheduler_that_is_not_there_is_named(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster, "CONNECT_S", 1)
     with pytest.raises(InputMissingError, match=r"scheduler tcp://127\.0\.0\.1:9: cannot be reached"):
         localize(recipe(), images=images, out=tmp_path / "out", scheduler="tcp://127.0.0.1:9")
