@@ -234,7 +234,9 @@ def identity(folder):
     return json.loads((folder / "artifact.json").read_bytes())["artifact_id"]
 
 
+started = time.monotonic()
 assert not wait(run(root / "whole"))
+took = time.monotonic() - started
 ids = {identity(root / "whole")}
 killed = 0
 if sys.argv[2] == "acts":
@@ -248,11 +250,12 @@ if sys.argv[2] == "acts":
         ids.add(identity(folder))
 else:
     random.seed(1)
-    for number in range(4):
+    for number in range(6):
         folder = root / f"moment-{number}"
         for attempt in itertools.count(1):
             child = run(folder)
-            time.sleep(random.random() * 0.1 * attempt)  # longer each time: a slow machine gets there too
+            # Within the first half of a whole run, and longer each time: machines differ, and their moods.
+            time.sleep(random.random() * 0.5 * took * attempt)
             os.kill(child, signal.SIGKILL)
             killed += wait(child)
             if (folder / "artifact.json").exists():
@@ -263,7 +266,7 @@ print(json.dumps({"killed": killed, "ids": sorted(ids), "last": str(folder)}))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("how", "least"), [("acts", 13), ("moments", 5)])
+@pytest.mark.parametrize(("how", "least"), [("acts", 13), ("moments", 4)])
 def test_killed_anywhere_the_same_command_ends_with_the_same_id(tmp_path: Path, how: str, least: int) -> None:
     done = subprocess.run(
         [sys.executable, "-c", KILLS, str(tmp_path), how], cwd=ROOT, capture_output=True, text=True, check=False
