@@ -104,7 +104,7 @@ def test_workers_come_late_and_a_scheduler_dies(images: Path, expected: str, tmp
 @pytest.mark.slow
 def test_workers_killed_at_random_cost_no_image(images: Path, expected: str, tmp_path: Path) -> None:
     out, dice = tmp_path / "out", random.Random(7)
-    process = start(images, out, recipe(workers=2, options={"delay_ms": 60}))
+    process = start(images, out, recipe(workers=2, options={"delay_ms": 250}))
     until(lambda: process.poll() is not None or len(list(out.glob("journal/*.state"))) > 0)
     killed = 0
     while process.poll() is None and killed < 5:
