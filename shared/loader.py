@@ -19,6 +19,7 @@ Task = TypeVar("Task")
 Made = TypeVar("Made")
 
 _AHEAD = 2
+_END = object()
 _STOPS = {signal.SIGINT, signal.SIGTERM}
 
 
@@ -51,10 +52,14 @@ def loader_deaths() -> Iterator[None]:
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        raise LoaderDiedError(
-            f"a loader process died: {str(error).splitlines()[0]}",
-            hint="most likely memory: lower loader_workers, cache_mib or batch_size; the same command continues",
-        ) from None
+        raise _death(str(error).splitlines()[0]) from None
+
+
+def _death(how: str) -> LoaderDiedError:
+    return LoaderDiedError(
+        f"a loader process died: {how}",
+        hint="most likely memory: lower loader_workers, cache_mib or batch_size; the same command continues",
+    )
 
 
 def _by_thread(make: Callable[[Task], Made], tasks: Iterable[Task]) -> Generator[Made, None, None]:
@@ -91,13 +96,29 @@ def _by_processes(make: Callable[[Task], Made], tasks: Iterable[Task], workers: 
         with _stops_held_back():
             results: Any = iter(loader)
         try:
-            for made in results:
+            while (made := _receive(results)) is not _END:
                 if isinstance(made, _Failed):
                     raise made.error
                 yield made
         finally:
             # By name, not when collected: a traceback may keep the iterator, and its processes, alive for long.
             results._shutdown_workers()
+            for worker in results._workers:
+                # One slow to leave: torch asks it to by SIGTERM after five seconds, which it leaves to this process.
+                worker.kill()
+                worker.join()
+
+
+def _receive(results: Iterator[Any]) -> Any:
+    """The next result, or `_END`.
+
+    A worker killed while its tensors travel breaks their connection a moment before the system calls it dead;
+    torch, finding it alive, passes the connection's error on. What ``make`` raises never comes this way.
+    """
+    try:
+        return next(results, _END)
+    except (ConnectionError, EOFError, FileNotFoundError) as error:
+        raise _death(f"its connection ended ({type(error).__name__})") from None
 
 
 class _Maker(Generic[Task, Made]):

@@ -3,8 +3,10 @@
 import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from itertools import count, islice
+from multiprocessing.util import Finalize
 
 import pytest
 import torch
@@ -36,6 +38,11 @@ def missing_at_four(task: tuple[int, list[int]]) -> int:
 def die_at_four(task: tuple[int, list[int]]) -> int:
     if task[1][0] == 4:
         os.kill(os.getpid(), signal.SIGKILL)
+    return task[1][0]
+
+
+def linger_when_asked_to_go(task: tuple[int, list[int]]) -> int:
+    Finalize(None, time.sleep, (600,), exitpriority=100)
     return task[1][0]
 
 
@@ -71,4 +78,30 @@ def test_a_killed_worker_is_told_in_one_line() -> None:
         list(load_ahead(die_at_four, tasks(), workers=1))
     assert caught.value.exit_code == 75
     assert "\n" not in caught.value.message
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("ended", [ConnectionResetError, EOFError, FileNotFoundError])
+def test_a_connection_that_ends_before_its_process_is_known_dead_is_a_death(
+    monkeypatch: pytest.MonkeyPatch, ended: type[Exception]
+) -> None:
+    class Iterator:
+        _workers = ()
+
+        def __next__(self) -> int:
+            raise ended(104, "reset by peer")
+
+        def _shutdown_workers(self) -> None:
+            pass
+
+    monkeypatch.setattr("torch.utils.data.DataLoader.__iter__", lambda loader: Iterator())
+    with pytest.raises(LoaderDiedError, match=rf"^a loader process died: its connection ended \({ended.__name__}\)$"):
+        list(load_ahead(square, tasks(), workers=1))
+
+
+@pytest.mark.slow
+def test_a_worker_that_lingers_is_gone_all_the_same() -> None:
+    loading = load_ahead(linger_when_asked_to_go, tasks(), workers=1)
+    assert next(loading) == 0
+    loading.close()
     assert not multiprocessing.active_children()
