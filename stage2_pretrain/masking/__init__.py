@@ -8,7 +8,9 @@ from shared.registry import Registry
 POLICIES = Registry(
     "policy",
     {
+        "inverted": "stage2_pretrain.masking.inverted:Inverted",
         "region": "stage2_pretrain.masking.region:Region",
+        "region-soft": "stage2_pretrain.masking.region_soft:RegionSoft",
         "uniform": "stage2_pretrain.masking.uniform:Uniform",
     },
 )

@@ -76,13 +76,23 @@ class Region:
 
     def plan(self, coverage: UInt8[np.ndarray, "B L"]) -> Plan:
         """Plan a batch: a patch is inside where its coverage reaches the threshold."""
-        patches = coverage.shape[1]
-        threshold = (COVERAGE_MAX * self.options.inside + 999) // 1000
-        stratum_of = (np.arange(256) < threshold).astype(np.uint8)
-        inside = (stratum_of[coverage] == 0).sum(1)
-        clamped = np.zeros(len(coverage), np.bool_)
-        if self.options.overall is not None:
-            hidden, clamped = matched(inside, patches, self.options.overall, self.options.hide_inside)
-        else:
-            hidden = per_sample(inside, patches, self.options.hide_inside, self.options.hide_outside or 0)
-        return Plan(coverage, stratum_of, equal_weights(), hidden, clamped)
+        return plan_region(coverage, self.options)
+
+
+def plan_region(coverage: UInt8[np.ndarray, "B L"], options: RegionOptions, *, inverted: bool = False) -> Plan:
+    """Two strata by the threshold of coverage; the first takes ``hide_inside``.
+
+    Args:
+        coverage: Mean coverage of each patch, 0 .. 254.
+        options: Budget and threshold.
+        inverted: The first stratum is what lies outside.
+    """
+    threshold = (COVERAGE_MAX * options.inside + 999) // 1000
+    stratum_of = ((np.arange(256) < threshold) ^ inverted).astype(np.uint8)
+    patches, first = coverage.shape[1], (stratum_of[coverage] == 0).sum(1)
+    clamped = np.zeros(len(coverage), np.bool_)
+    if options.overall is not None:
+        hidden, clamped = matched(first, patches, options.overall, options.hide_inside)
+    else:
+        hidden = per_sample(first, patches, options.hide_inside, options.hide_outside or 0)
+    return Plan(coverage, stratum_of, equal_weights(), hidden, clamped)

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from shared.config import digest
 from shared.errors import ConfigError, IncompatibleError
+from shared.rng import sample_keys, seed_key
+from stage2_pretrain.kernels.reference import draw_hidden
 from stage2_pretrain.masking import POLICIES
 from stage2_pretrain.masking.plan import Plan, build_policy, policy_of_card, policy_spec
 
@@ -97,6 +99,44 @@ def test_inside_begins_at_the_rounded_up_threshold(milli: int, lowest: int) -> N
     assert plan.stratum_of[plan.level].tolist() == [[1, 0]]
 
 
+@pytest.mark.parametrize("options", REGION)
+@settings(max_examples=50, deadline=None)
+@given(coverage=coverages())
+def test_inverted_is_region_of_what_lies_outside(options: dict[str, Any], coverage: np.ndarray) -> None:
+    plan = build_policy("inverted", options).plan(coverage)
+    straight = build_policy("region", options).plan(coverage)
+    assert np.array_equal(plan.stratum_of[plan.level], 1 - straight.stratum_of[straight.level])
+    # Full coverage where there was none, and none elsewhere: what `region` then does inside is done here outside.
+    outside = np.where(straight.stratum_of[coverage] == 0, 0, 254).astype(np.uint8)
+    mirrored = build_policy("region", options).plan(outside)
+    assert np.array_equal(plan.num_hidden, mirrored.num_hidden)
+    assert np.array_equal(plan.clamped, mirrored.clamped)
+
+
+def test_region_soft_hides_the_same_number_and_covered_patches_more_often() -> None:
+    coverage = np.tile(np.repeat(np.array([0, 127, 254], np.uint8), 40), (400, 1))
+    policy = build_policy("region-soft", {"overall": 300, "sharpness": 9})
+    plan = policy.plan(coverage)
+    assert plan.num_hidden.tolist() == [[36]] * 400
+    assert plan.weight_of[[0, 127, 254]].tolist() == [254, 5 * 254, 9 * 254]
+    keys = sample_keys(str(number) for number in range(400))
+    tables = (plan.level, plan.stratum_of, plan.weight_of, plan.num_hidden, keys)
+    hidden = draw_hidden(*tables, seed_key=seed_key("mask", 5), epoch=0)
+    none, half, full = hidden.reshape(400, 3, 40).mean((0, 2))
+    assert none + half + full == pytest.approx(0.9)
+    # Successive sampling in the limit: a patch of weight w is hidden with chance 1 - exp(-w t), t fixed by the count.
+    expected = np.array([1 - np.exp(-weight * 0.0777) for weight in (1, 5, 9)])
+    assert expected.sum() == pytest.approx(0.9, abs=0.01)
+    assert np.allclose([none, half, full], expected, atol=0.015)
+
+
+def test_region_soft_of_sharpness_one_is_uniform() -> None:
+    plan = build_policy("region-soft", {"sharpness": 1}).plan(np.arange(49, dtype=np.uint8)[None])
+    assert len(set(plan.weight_of.tolist())) == 1
+    largest = build_policy("region-soft", {"sharpness": 1000}).plan(np.full((1, 4), 254, np.uint8))
+    assert largest.weight_of.max() == 254_000
+
+
 def test_an_empty_region_is_valid() -> None:
     plan = build_policy("region", {"overall": 600}).plan(np.zeros((1, 49), np.uint8))
     assert plan.num_hidden.tolist() == [[0, 29]]
@@ -118,6 +158,9 @@ def test_resolved_options_say_what_ran() -> None:
         ("region", {"hide_insde": 1}, "Did you mean 'hide_inside'"),
         ("region", {"hide_inside": 1001}, "hide_inside"),
         ("region", {"inside": 0}, "inside"),
+        ("inverted", {"hide_outside": 300}, "hide_outside belongs to budget 'per-sample'"),
+        ("region-soft", {"sharpness": 0}, "sharpness"),
+        ("region-soft", {"overall": 0.6}, "overall"),
         ("uniform", {"hide": 1000}, "hide"),
         ("uniform", {"hide": 0.6}, "hide"),
         ("regoin", {}, "unknown policy 'regoin'"),
