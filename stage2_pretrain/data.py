@@ -6,13 +6,13 @@ arithmetic, and neither the order of access nor the number of loading processes 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Int32, UInt8
+from jaxtyping import Float32, Int32, Int64, UInt8
 from torch import Tensor
 from torch.nn.functional import interpolate
 from torch.utils.data import default_collate
@@ -49,6 +49,7 @@ class RegionDataset:
         channels: 1: colour is reduced to grey. 3: grey is repeated.
         window: How to crop, flip and turn.
         seed: Of the run.
+        maps_of: For so many samples, whose maps each is masked by; its own if not given.
         memory_bytes: Decoded images and maps are kept up to this size in all; 8-bit images stay 8-bit. Past it
             they are read again. Never changes what an item is.
 
@@ -56,6 +57,7 @@ class RegionDataset:
         sample_ids: Ids of the items.
         rows: Their rows in the store.
         sample_keys: Their keys.
+        maps_of: Index of the sample whose maps each is masked by.
         sizes_px: Height and width of each image.
         absent: Samples of the store without maps (quarantined by stage 1), which are left out.
         extra: Images that the store does not know, which are left out.
@@ -74,6 +76,7 @@ class RegionDataset:
         channels: Literal[1, 3],
         window: WindowOptions,
         seed: int,
+        maps_of: Callable[[int], Int64[np.ndarray, "N"]] = np.arange,
         memory_bytes: int = MEMORY_BYTES,
     ) -> None:
         used = usable_samples(store)
@@ -96,6 +99,7 @@ class RegionDataset:
         self.sample_ids = tuple(sample.sample_id for sample in used)
         self.rows = tuple(sample.row for sample in used)
         self.sample_keys = sample_keys(self.sample_ids)
+        self.maps_of = maps_of(len(used))
         self.sizes_px = image_sizes_px(used)
         self.absent = len(store.samples) - len(used)
         self.extra = len(set(found) - {sample.sample_id for sample in store.samples})
@@ -113,8 +117,9 @@ class RegionDataset:
         """One sample as it is seen in an epoch, 0 .. 2^24 - 1.
 
         Returns:
-            ``image`` float32 [C, S, S] in [0, 1]; ``maps`` uint8 [K, h, w], of the whole image; ``window`` int32 [8];
-            ``sample_key`` int64, the bits of the unsigned key; ``row`` in the store; ``index``.
+            ``image`` float32 [C, S, S] in [0, 1]; ``maps`` uint8 [K, h, w], of the whole image of the sample in
+            `maps_of`; ``window`` int32 [8]; ``sample_key`` int64, the bits of the unsigned key; ``row`` in
+            the store; ``index``.
 
         Raises:
             SourceChangedError: The image file is not the one that the store knows.
@@ -125,7 +130,7 @@ class RegionDataset:
         window = draw_windows(size, key, seed=self.seed, epoch=epoch, options=self.window)[0]
         return {
             "image": view_image(self._pixels(index), window, self.size_px, self.channels),
-            "maps": torch.from_numpy(self._region_maps(index)),
+            "maps": torch.from_numpy(self._region_maps(int(self.maps_of[index]))),
             "window": torch.from_numpy(window),
             "sample_key": int(key.view(np.int64)[0]),
             "row": self.rows[index],

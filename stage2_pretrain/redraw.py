@@ -32,6 +32,7 @@ class OneMask:
         spec: How the run draws.
         window: Top, left, height, width; image's height and width; flip; quarter turns.
         maps: Of the whole image, 0..254.
+        maps_of: Sample that they are of: the drawn one, but for a policy that takes another's.
         coverage: Mean coverage of each patch, 0..254.
         hidden: What the encoder did not see.
         drawn: With its counts by the policy's strata.
@@ -42,6 +43,7 @@ class OneMask:
     spec: MaskSpec
     window: Int32[np.ndarray, "8"]
     maps: UInt8[np.ndarray, "K H W"]
+    maps_of: str
     coverage: UInt8[np.ndarray, "gh gw"]
     hidden: Bool[np.ndarray, "gh gw"]
     drawn: Drawn
@@ -94,7 +96,8 @@ def redraw_one(
     sample = usable_samples(store)[place]
     key = sample_keys([sample_id])
     window = draw_windows(image_sizes_px([sample]), key, seed=spec.seed, epoch=epoch, options=spec.window)
-    maps = store.maps([sample.row])
+    whose = usable_samples(store)[spec.maps_of()[place]]
+    maps = store.maps([whose.row])
     drawn = spec.sampler(store.regions).draw_arrays(maps, window, key, epoch, view)
     tensors, described = read_witnesses(folder)
     known: Sequence[str] = described["witnesses"]
@@ -106,6 +109,7 @@ def redraw_one(
         spec,
         window[0],
         maps[0],
+        whose.sample_id,
         drawn.coverage[0].reshape(spec.grid),
         drawn.hidden[0].reshape(spec.grid),
         drawn,

@@ -31,6 +31,7 @@ from shared.workspace import begin, set_aside
 from stage2_pretrain.checks import check_grid, check_ranks, check_strided
 from stage2_pretrain.config import PretrainConfig
 from stage2_pretrain.data import RegionDataset
+from stage2_pretrain.masking.plan import build_policy, maps_of
 from stage2_pretrain.masking.spec import MaskSpec, mask_section, mask_spec
 from stage2_pretrain.methods import METHODS
 from stage2_pretrain.pictures import draw_examples, draw_strip, write_examples
@@ -175,6 +176,7 @@ def prepare(config: PretrainConfig, store: RegionStore, images: Path, out: Path)
     )
     part = METHODS.load(config.method["name"])
     method = part(validate(part.Options, config.method_options), backbone, size_px=config.size_px, seed=config.seed)
+    policy = build_policy(config.policy["name"], config.policy_options)
     dataset = RegionDataset(
         store,
         images,
@@ -182,6 +184,7 @@ def prepare(config: PretrainConfig, store: RegionStore, images: Path, out: Path)
         channels=config.channels,
         window=config.window,
         seed=config.seed,
+        maps_of=lambda samples: maps_of(policy, samples, config.seed),
         memory_bytes=(config.cache_mib << 20) // max(1, config.loader_workers),
     )
     if len(dataset) < 2:

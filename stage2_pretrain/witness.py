@@ -243,9 +243,10 @@ def redraw(store: RegionStore, card_spec: Mapping[str, Any], folder: Path) -> Re
     sampler = spec.sampler(store.regions)
     keys, sizes_px = sample_keys(names), image_sizes_px(samples)
     present = list(spec.taking_part(names))
+    whose = spec.maps_of().tolist()
     for first in range(0, len(names), _ROWS):
         chunk = range(first, min(first + _ROWS, len(names)))
-        maps = store.maps([samples[index].row for index in chunk])
+        maps = store.maps([samples[whose[index]].row for index in chunk])
         for epoch, wanted in enumerate(present):
             part = np.array([index for index in chunk if index in wanted], np.int64)
             if len(part) == 0:

@@ -11,6 +11,7 @@ POLICIES = Registry(
         "inverted": "stage2_pretrain.masking.inverted:Inverted",
         "region": "stage2_pretrain.masking.region:Region",
         "region-soft": "stage2_pretrain.masking.region_soft:RegionSoft",
+        "shuffled": "stage2_pretrain.masking.shuffled:Shuffled",
         "uniform": "stage2_pretrain.masking.uniform:Uniform",
     },
 )

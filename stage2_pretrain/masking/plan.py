@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
-from jaxtyping import Bool, Int32, UInt8
+from jaxtyping import Bool, Int32, Int64, UInt8
 
 from shared.config import Strict, spec, validate
 from shared.errors import IncompatibleError
@@ -34,7 +34,10 @@ class Plan:
 
 
 class Policy(Protocol):
-    """Says where and how many. ``version`` rises when the same options give other plans."""
+    """Says where and how many. ``version`` rises when the same options give other plans.
+
+    A policy that takes the region maps of other samples also has ``maps_of(samples, seed)``; see `maps_of`.
+    """
 
     Options: ClassVar[type[Strict]]
     version: ClassVar[int]
@@ -44,6 +47,12 @@ class Policy(Protocol):
     def plan(self, coverage: UInt8[np.ndarray, "B L"]) -> Plan:
         """Plan a batch from the mean coverage of each patch, 0 .. 254. Each sample by itself."""
         ...
+
+
+def maps_of(policy: Policy, samples: int, seed: int) -> Int64[np.ndarray, "N"]:
+    """Whose region maps each sample of a run is masked by: an index for each, its own for most policies."""
+    own = np.arange(samples)
+    return policy.maps_of(samples, seed) if hasattr(policy, "maps_of") else own
 
 
 def equal_weights() -> Int32[np.ndarray, "256"]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+from jaxtyping import Int64
 from pydantic import Field, ValidationError
 
 from shared.config import Strict, spec
@@ -12,7 +14,7 @@ from shared.errors import IncompatibleError
 from shared.order import schedule, steps_per_epoch
 from stage2_pretrain.kernels.reference import BITS_VERSION
 from stage2_pretrain.masking.coverage import CoverageOptions
-from stage2_pretrain.masking.plan import build_policy, policy_of_card, policy_spec
+from stage2_pretrain.masking.plan import build_policy, maps_of, policy_of_card, policy_spec
 from stage2_pretrain.masking.sampler import MaskSampler
 from stage2_pretrain.window import VERSION as WINDOW_VERSION
 from stage2_pretrain.window import WindowOptions
@@ -65,6 +67,10 @@ class MaskSpec(Strict):
             coverage=self.coverage,
             impl=impl,
         )
+
+    def maps_of(self) -> Int64[np.ndarray, "N"]:
+        """Whose region maps each sample is masked by: an index for each."""
+        return maps_of(policy_of_card(self.policy.model_dump()), self.samples, self.seed)
 
     def taking_part(self, sample_ids: Sequence[str]) -> Iterator[set[int]]:
         """Indices of the samples drawn in each epoch: all, but in an unfinished last one."""

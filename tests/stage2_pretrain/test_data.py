@@ -45,6 +45,16 @@ def test_an_item_is_what_it_says(images: Path) -> None:
     assert (item["row"], item["index"]) == (2, 2)
 
 
+def test_another_sample_s_maps_come_with_the_own_image_and_window(images: Path) -> None:
+    own, other = build(images), build(images, maps_of=lambda samples: (np.arange(samples) + 2) % samples)
+    for index in range(6):
+        item = other.item(index, 1)
+        assert np.array_equal(item.pop("maps"), other.store.maps([(index + 2) % 6])[0])
+        plain = own.item(index, 1)
+        del plain["maps"]
+        assert same(item, plain)
+
+
 @pytest.mark.parametrize("memory_bytes", [0, 30_000, 1 << 30])
 def test_what_is_kept_in_memory_changes_nothing(images: Path, memory_bytes: int) -> None:
     kept = build(images, memory_bytes=memory_bytes)

@@ -21,6 +21,7 @@ from shared.regions import open_region_store
 from shared.runlog import read_metrics
 from stage2_pretrain import train
 from stage2_pretrain.config import PretrainConfig
+from stage2_pretrain.redraw import redraw_one
 from stage2_pretrain.train import pretrain
 from stage2_pretrain.witness import redraw
 from tests.shared.event_files import pictures, points
@@ -241,6 +242,19 @@ def test_what_the_seed_and_threads_do(whole: Artifact, corpus: Path, tmp_path: P
     uniform = run(corpus, tmp_path / "b", policy="uniform").card.identity
     assert uniform.outputs["draws"] == mine["draws"]
     assert uniform.outputs["weights"] != mine["weights"]
+
+
+def test_masks_by_another_sample_s_maps_draw_again(whole: Artifact, corpus: Path, tmp_path: Path) -> None:
+    made = run(corpus, tmp_path / "out", policy="shuffled", loader_workers=1)
+    store, spec = open_region_store(str(corpus / "regions")), made.card.identity.spec
+    found = redraw(store, spec, made.path)
+    assert (found.mismatches, found.draws) == ((), (COUNT - 1) * EPOCHS)
+    assert made.card.identity.outputs["witnesses"] != whole.card.identity.outputs["witnesses"]
+    masks = [redraw_one(store, spec, made.path, f"{row:02}.png", epoch=-1, view=0) for row in range(COUNT) if row != 5]
+    assert all((mask.bits == mask.recorded).all() for mask in masks)
+    assert sorted(mask.maps_of for mask in masks) == [f"{row:02}.png" for row in range(COUNT) if row != 5]
+    assert masks[0].maps_of != "00.png"
+    assert (masks[0].maps == store.maps([store.row(masks[0].maps_of)])[0]).all()
 
 
 def test_colour_images_and_three_channels(corpus: Path, tmp_path: Path) -> None:

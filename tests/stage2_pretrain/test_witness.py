@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 from shared.errors import CorruptError, IncompatibleError, MwmError
 from shared.order import schedule
 from stage2_pretrain.data import RegionDataset
+from stage2_pretrain.masking import POLICIES
 from stage2_pretrain.masking.spec import MaskSpec, mask_section, mask_spec
 from stage2_pretrain.window import WindowOptions
 from stage2_pretrain.witness import FILE, NAMES, WitnessRecorder, choose_witnesses, read_witnesses, redraw
@@ -63,7 +64,9 @@ def train(
     recorder: WitnessRecorder | None = None,
 ) -> WitnessRecorder:
     """What a training run does, but for the training."""
-    dataset = RegionDataset(store, images, size_px=28, channels=1, window=spec.window, seed=spec.seed)
+    dataset = RegionDataset(
+        store, images, size_px=28, channels=1, window=spec.window, seed=spec.seed, maps_of=lambda _: spec.maps_of()
+    )
     names = dataset.sample_ids
     sampler = spec.sampler(store.regions)
     recorder = recorder or recorder_of(spec, store)
@@ -76,7 +79,7 @@ def train(
     return recorder
 
 
-@pytest.mark.parametrize("policy", ["region", "uniform"])
+@pytest.mark.parametrize("policy", list(POLICIES))
 def test_a_run_draws_again_from_card_and_store(policy: str, store: FakeStore, images: Path, tmp_path: Path) -> None:
     spec = describe(policy)
     outputs = train(spec, store, images).write(tmp_path)

@@ -12,7 +12,7 @@ from shared.errors import ConfigError, IncompatibleError
 from shared.rng import sample_keys, seed_key
 from stage2_pretrain.kernels.reference import draw_hidden
 from stage2_pretrain.masking import POLICIES
-from stage2_pretrain.masking.plan import Plan, build_policy, policy_of_card, policy_spec
+from stage2_pretrain.masking.plan import Plan, build_policy, maps_of, policy_of_card, policy_spec
 
 
 @st.composite
@@ -135,6 +135,31 @@ def test_region_soft_of_sharpness_one_is_uniform() -> None:
     assert len(set(plan.weight_of.tolist())) == 1
     largest = build_policy("region-soft", {"sharpness": 1000}).plan(np.full((1, 4), 254, np.uint8))
     assert largest.weight_of.max() == 254_000
+
+
+@settings(max_examples=100, deadline=None)
+@given(samples=st.integers(2, 5000), seed=st.integers(0, 2**64 - 1))
+def test_shuffled_takes_every_sample_s_maps_once_and_never_its_own(samples: int, seed: int) -> None:
+    whose = maps_of(build_policy("shuffled"), samples, seed)
+    assert sorted(whose) == list(range(samples))
+    assert not (whose == np.arange(samples)).any()
+    assert np.array_equal(whose, maps_of(build_policy("shuffled"), samples, seed))
+
+
+def test_shifts_are_spread_over_all_and_others_keep_their_own() -> None:
+    shifts = [int(maps_of(build_policy("shuffled"), 5, seed)[0]) for seed in range(400)]
+    assert set(shifts) == {1, 2, 3, 4}
+    assert all(70 < shifts.count(shift) < 130 for shift in (1, 2, 3, 4))
+    for name in set(POLICIES) - {"shuffled"}:
+        assert maps_of(build_policy(name), 4, 9).tolist() == [0, 1, 2, 3]
+
+
+@settings(max_examples=50, deadline=None)
+@given(coverage=coverages())
+def test_shuffled_plans_as_region(coverage: np.ndarray) -> None:
+    plan, straight = (build_policy(name).plan(coverage) for name in ("shuffled", "region"))
+    assert np.array_equal(plan.num_hidden, straight.num_hidden)
+    assert np.array_equal(plan.stratum_of, straight.stratum_of)
 
 
 def test_an_empty_region_is_valid() -> None:
