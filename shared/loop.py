@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -46,8 +46,10 @@ class Plan:
         lr: Peak learning rate.
         warmup_steps: Steps of linear growth from 0 to `lr`.
         lr_end: Learning rate at the end of the cosine.
-        weight_decay: Decoupled decay of weights; biases, norms and tokens (fewer than 2 axes) have none.
-        betas: Decay rates of AdamW's moments.
+        weight_decay: Decay of weights; biases, norms and tokens (fewer than 2 axes) have none.
+        weight_decay_end: What ``weight_decay`` becomes by a cosine over the whole run, or None for no change.
+        optimizer: AdamW, or LAMB (timm's).
+        betas: Decay rates of the optimiser's moments.
         clip_norm: Largest norm of all gradients together, or None.
         ema: Decay of the moving average of the weights a step, or None for no average.
         seed: Seeds torch's own draws (dropout, drop path) of every step.
@@ -61,6 +63,8 @@ class Plan:
     warmup_steps: int = 0
     lr_end: float = 0.0
     weight_decay: float = 0.05
+    weight_decay_end: float | None = None
+    optimizer: Literal["adamw", "lamb"] = "adamw"
     betas: tuple[float, float] = (0.9, 0.95)
     clip_norm: float | None = 5.0
     ema: float | None = None
@@ -154,7 +158,7 @@ def fit(
     begun, processes = 0, [(0, ranks.size())]
     if found is not None:
         begun, tensors, meta = found
-        _restore(tensors, meta, module, optimizer, ema, extra)
+        _restore(begun, tensors, meta, module, optimizer, ema, extra)
         log.info(f"continuing from {unit} {begun} of {plan.steps}")
         processes = [(int(step), int(count)) for step, count in meta.get("processes", [(0, 1)])]
         if processes[-1][1] != ranks.size() and begun < plan.steps:
@@ -208,7 +212,7 @@ def fit(
 
 
 def _refuse_without_room(module: nn.Module, ema: Mapping[str, Tensor] | None, state: Path, keep: int) -> None:
-    """Weights, AdamW's two moments, their average; as often as states stand beside each other while one is saved."""
+    """Weights, the optimiser's two moments, their average; as often as states stand beside each other in saving."""
     values = [*module.state_dict().values(), *(ema or {}).values()]
     values += [parameter for parameter in module.parameters() if parameter.requires_grad] * 2
     size = sum(value.numel() * value.element_size() for value in values)
@@ -268,17 +272,33 @@ def learning_rate(plan: Plan, index: int) -> float:
     return plan.lr_end + (plan.lr - plan.lr_end) * 0.5 * (1 + math.cos(math.pi * share))
 
 
+def weight_decay(plan: Plan, index: int) -> float:
+    """Weight decay of a step: a cosine from `weight_decay` to `weight_decay_end`, if there is one.
+
+    >>> plan = Plan(steps=5, lr=1.0, weight_decay=0.04, weight_decay_end=0.2)
+    >>> [round(weight_decay(plan, index), 3) for index in range(5)]
+    [0.04, 0.063, 0.12, 0.177, 0.2]
+    """
+    if plan.weight_decay_end is None:
+        return plan.weight_decay
+    share = 0.5 * (1 - math.cos(math.pi * index / max(1, plan.steps - 1)))
+    return plan.weight_decay + (plan.weight_decay_end - plan.weight_decay) * share
+
+
 def _optimizer(module: nn.Module, plan: Plan, lr_scale: Callable[[str], float] | None) -> torch.optim.Optimizer:
-    """AdamW over the trained parameters; another optimiser belongs here, behind a field of `Plan`."""
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    """The optimiser over the trained parameters."""
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
         scale = 1.0 if lr_scale is None else lr_scale(name)
         if parameter.requires_grad and scale > 0:
-            decay = 0.0 if _undecayed(parameter) else plan.weight_decay
-            groups.setdefault((scale, decay), []).append(parameter)
+            groups.setdefault((scale, not _undecayed(parameter)), []).append(parameter)
     if not groups:
         raise UsageError("nothing to train: every parameter is frozen")
-    listed = [{"params": params, "scale": scale, "weight_decay": decay} for (scale, decay), params in groups.items()]
+    listed = [{"params": params, "scale": scale, "decays": decays} for (scale, decays), params in groups.items()]
+    if plan.optimizer == "lamb":
+        from timm.optim.lamb import Lamb
+
+        return Lamb(listed, lr=plan.lr, betas=plan.betas, max_grad_norm=None)  # clipping is this loop's
     return torch.optim.AdamW(listed, lr=plan.lr, betas=plan.betas)
 
 
@@ -299,6 +319,7 @@ def _advance(
     rate = learning_rate(plan, index)
     for group in optimizer.param_groups:
         group["lr"] = rate * group["scale"]
+        group["weight_decay"] = weight_decay(plan, index) if group["decays"] else 0.0
     optimizer.zero_grad(set_to_none=True)
     outputs = step(batch, index)
     scalars = ranks.totals({name: float(value.detach()) for name, value in outputs.items()})
@@ -347,6 +368,7 @@ def _collect(
 
 
 def _restore(
+    begun: int,
     tensors: Mapping[str, Tensor],
     meta: Mapping[str, Any],
     module: nn.Module,
@@ -369,6 +391,8 @@ def _restore(
             # Moments take the strides of their parameter, as AdamW itself would have made them.
             like = value.dim() > 0 and value.shape == parameter.shape
             optimizer.state[parameter][key] = torch.empty_like(parameter).copy_(value) if like else value
+        for group in optimizer.param_groups:
+            group["step"] = torch.tensor(float(begun))  # where timm's optimisers count; AdamW does in its state
     except (RuntimeError, KeyError) as error:
         reason = str(error).splitlines()[-1].strip()
         raise CorruptError(f"the saved state is of another module: {reason}") from None

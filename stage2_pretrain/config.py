@@ -42,10 +42,22 @@ class PretrainConfig(Strict):
     std: float = Field(0.25, gt=0, le=1, description="Then divided by.")
     epochs: int = Field(300, ge=1, lt=1 << 24, description="Passes over the samples.")
     batch_size: int = Field(64, ge=2, description="Images a step, at most; an epoch is cut into equal batches.")
-    lr: float = Field(2e-4, gt=0, le=1, description="Peak learning rate of AdamW.")
+    optimizer: Literal["adamw", "lamb"] = Field(
+        "adamw", description="adamw, or lamb: for large batches, as in SparK's and MASS's papers."
+    )
+    lr: float = Field(2e-4, gt=0, le=1, description="Peak learning rate.")
     min_lr: float = Field(1e-6, ge=0, description="Learning rate at the end of the cosine.")
     warmup_epochs: int = Field(10, ge=0, description="Epochs of linear warm-up.")
-    weight_decay: float = Field(0.05, ge=0, le=1, description="AdamW weight decay; norms, biases and tokens have none.")
+    weight_decay: float = Field(0.05, ge=0, le=1, description="Weight decay; norms, biases and tokens have none.")
+    weight_decay_end: float | None = Field(
+        None, ge=0, le=1, description="What weight_decay becomes by a cosine over the run; SparK: 0.04 to 0.2."
+    )
+    ema: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Decay a step of a moving average of the weights, which is then what is published.",
+    )
     clip_norm: float = Field(5.0, gt=0, description="Gradient norm above which gradients are scaled down.")
     seed: int = Field(0, ge=0, lt=1 << 64, description="Seed of masks, windows, order and initial weights.")
     impl: str = Field(

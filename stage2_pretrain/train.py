@@ -156,6 +156,9 @@ class Run:
             warmup_steps=config.warmup_epochs * self.steps_per_epoch,
             lr_end=config.min_lr,
             weight_decay=config.weight_decay,
+            weight_decay_end=config.weight_decay_end,
+            optimizer=config.optimizer,
+            ema=config.ema,
             clip_norm=config.clip_norm,
             seed=config.seed,
             checkpoint_s=config.save_every_s,
@@ -287,6 +290,8 @@ def _train(run: Run, log: RunLog) -> tuple[Tally, Fitted]:
 def _finish(run: Run, tally: Tally, fitted: Fitted, log: RunLog) -> tuple[dict[str, Any], dict[str, Any]]:
     """Write everything but the card."""
     config, recorder = run.config, tally.recorder
+    if fitted.ema is not None:
+        run.method.load_state_dict(fitted.ema)
     export_encoder(
         run.method.backbone,
         run.out / "encoder",

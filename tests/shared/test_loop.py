@@ -82,6 +82,34 @@ def send(number: int, at: int):
     return lambda done: os.kill(os.getpid(), number) if done == at else None
 
 
+@pytest.mark.parametrize("at", [1, 5])
+def test_lamb_and_a_decay_that_changes_continue_to_the_same_bits(tmp_path, at):
+    plan = Plan(**{**PLAN.__dict__, "optimizer": "lamb", "weight_decay": 0.04, "weight_decay_end": 0.2})
+    whole = bits(*run(tmp_path / "whole", plan))
+    with pytest.raises(InterruptedRun):
+        run(tmp_path / "cut", plan, on_step=send(signal.SIGTERM, at))
+    assert bits(*run(tmp_path / "cut", plan)) == whole
+    for field in ("optimizer", "weight_decay_end"):
+        other = Plan(**{**plan.__dict__, field: getattr(PLAN, field)})
+        assert bits(*run(tmp_path / field, other)) != whole
+
+
+def test_lamb_is_the_paper_s_first_step(tmp_path):
+    # Equation 6 of arXiv 1904.00962 from zero moments: m and v corrected are g and g^2, so r is the sign of g.
+    net = nn.Linear(2, 2, bias=False)
+    nn.init.constant_(net.weight, 2.0)
+
+    def step(batch, index):
+        return {"loss": (net.weight * torch.tensor([[1.0, -1.0], [3.0, 0.5]])).sum()}
+
+    plan = Plan(steps=1, lr=0.1, weight_decay=0.25, clip_norm=None, optimizer="lamb")
+    with RunLog(tmp_path, stream=io.StringIO()) as log:
+        fit(net, data, step, plan, state=tmp_path / "s", log=log)
+    update = torch.tensor([[1.0, -1.0], [1.0, 1.0]]) + 0.25 * 2.0
+    expected = 2.0 - 0.1 * (4.0 / update.norm()) * update
+    torch.testing.assert_close(net.weight.detach(), expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("at", "number"), [*((at, signal.SIGTERM) for at in range(1, 10)), (1, signal.SIGINT), (6, signal.SIGINT)]
 )

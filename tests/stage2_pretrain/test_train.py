@@ -15,6 +15,7 @@ from PIL import Image
 
 from shared.artifact import Artifact, read_card, verify
 from shared.backbones import load_encoder
+from shared.checkpoint import latest_state
 from shared.config import load
 from shared.errors import ConfigError, CorruptError, InterruptedRun, SpecMismatchError
 from shared.regions import open_region_store
@@ -242,6 +243,21 @@ def test_what_the_seed_and_threads_do(whole: Artifact, corpus: Path, tmp_path: P
     uniform = run(corpus, tmp_path / "b", policy="uniform").card.identity
     assert uniform.outputs["draws"] == mine["draws"]
     assert uniform.outputs["weights"] != mine["weights"]
+
+
+def test_the_average_of_the_weights_is_what_is_published(whole: Artifact, corpus: Path, tmp_path: Path) -> None:
+    changes = {"optimizer": "lamb", "weight_decay_end": 0.2}
+    last, averaged = (run(corpus, tmp_path / str(ema), ema=ema, **changes) for ema in (None, 0.9))
+    assert verify(averaged.path, averaged.card) == []
+    one, other = (load_encoder(made.path / "encoder").model.state_dict() for made in (last, averaged))
+    assert last.card.identity.outputs["weights"] not in (
+        whole.card.identity.outputs["weights"],
+        averaged.card.identity.outputs["weights"],
+    )
+    state = latest_state(averaged.path / "run/state")[1]
+    for name, value in other.items():
+        assert torch.equal(value, state[f"ema/encoder.{name}"]), name
+    assert any(not torch.equal(value, other[name]) for name, value in one.items())
 
 
 def test_masks_by_another_sample_s_maps_draw_again(whole: Artifact, corpus: Path, tmp_path: Path) -> None:
