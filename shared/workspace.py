@@ -50,8 +50,9 @@ def begin(
     (out / "run").mkdir(exist_ok=True)
     for folder in (out, out.resolve().parent):  # else a power cut could take away all that is synced in them
         fsync_folder(folder)
-    write_atomic(out / "resolved.yaml", resolved.encode())
+    # First of all, and its draft below run/ too: a kill from here on leaves a folder that is known for a run.
     write_atomic(out / SPEC, rfc8785.dumps(_wanted(kind, inputs, spec)))
+    write_atomic(out / "resolved.yaml", resolved.encode())
     return status, None
 
 

@@ -1,8 +1,9 @@
+import os
 from pathlib import Path
 
 import pytest
 
-from shared.artifact import publish
+from shared.artifact import publish, verify
 from shared.errors import SpecMismatchError, UsageError
 from shared.lease import Lease
 from shared.workspace import begin, set_aside
@@ -20,6 +21,37 @@ def test_new_then_continue_then_done(tmp_path: Path) -> None:
     assert start(out, {"lr": "0.1", "n": {"a": 1}}) == "continue"
     publish(out, kind="encoder", inputs=[], spec={"lr": "0.1", "n": {"a": 1}}, outputs={})
     assert start(out, {"lr": "0.1", "n": {"a": 1}}) == "done"
+
+
+class Killed(BaseException):
+    """What no code of ours catches."""
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("act", range(2))
+def test_a_kill_in_the_beginning_leaves_a_run_that_begins_again(
+    act: int, after: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace, seen = os.replace, []
+
+    def replace_or_die(*paths: Path) -> None:
+        if after:
+            replace(*paths)
+        seen.append(paths)
+        if len(seen) == act + 1:
+            raise Killed
+        if not after:
+            replace(*paths)
+
+    out = tmp_path / "run"
+    with monkeypatch.context() as patched:
+        patched.setattr("shared.artifact.os.replace", replace_or_die)
+        with pytest.raises(Killed):
+            start(out, {"lr": "0.1"})
+    assert start(out, {"lr": "0.1"}) == ("continue" if (act, after) != (0, False) else "new")
+    card = publish(out, kind="encoder", inputs=[], spec={"lr": "0.1"}, outputs={})
+    assert (out / "resolved.yaml").read_text() == "a: 1\n"
+    assert verify(out, card) == []
 
 
 @pytest.mark.parametrize("published", [False, True])
