@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any
 
 import typer
@@ -52,7 +53,7 @@ def localize(
 
     done = _published(out, fresh)
     store = run(config, images=images, out=out, scheduler=scheduler, fresh=fresh, command=command_told())
-    _close(store.path, store.card, done, as_json, f"mwm pretrain --images ... --regions {out} --out ...")
+    _close(store.path, store.card, done, as_json, f"mwm pretrain --images ... --regions {quote(str(out))} --out ...")
 
 
 def pretrain(
@@ -88,7 +89,8 @@ def pretrain(
     from shared.ranks import speaks
 
     if speaks():  # under torchrun the command runs in each process
-        _close(made.path, made.card, done, as_json, f"mwm finetune --images ... --labels ... --encoder {out} --out ...")
+        following = f"mwm finetune --images ... --labels ... --encoder {quote(str(out))} --out ..."
+        _close(made.path, made.card, done, as_json, following)
 
 
 def finetune(
@@ -154,7 +156,7 @@ def fit_grounder(
     done = _published(out, fresh)
     made = run(config, images=images, labels=labels, out=out, fresh=fresh, command=command_told())
     pinned = f"{out}@sha256:{made.card.artifact_id[:16]}"
-    following = f"mwm localize ... --set grounder.name=lite --set grounder.options.head={pinned}"
+    following = f"mwm localize ... --set grounder.name=lite --set grounder.options.head={quote(pinned)}"
     _close(made.path, made.card, done, as_json, following)
     for region in () if as_json else made.card.identity.outputs["regions"]:
         scores = made.card.provenance.metrics[region["name"]]

@@ -126,6 +126,8 @@ def test_unicode_and_spaces_in_paths_and_long_ids(finished: Chain, mwm, tmp_path
     code, told, _ = mwm("localize", finished.recipe, "--images", folder, "--out", out, "--json")
     assert code == 0
     assert json.loads(told)["path"] == str(out)
+    code, told, _ = mwm("localize", finished.recipe, "--images", folder, "--out", out)
+    assert f"next: mwm pretrain --images ... --regions '{out}' --out ..." in told  # to paste as it stands
     sample = f"{'é' * 50} p00.png"
     code, told, _ = mwm("inspect", out, "--sample", sample, "--json")
     assert json.loads(told)["sample"] == sample
