@@ -18,7 +18,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from shared.artifact import CARD, Card, Finding, Input, file_sha256, publish, read_card, verify, write_atomic
+from shared.artifact import (
+    CARD,
+    Card,
+    Finding,
+    Input,
+    file_sha256,
+    find_beside,
+    publish,
+    read_card,
+    verify,
+    write_atomic,
+)
 from shared.config import digest
 from shared.corpus import SAMPLES
 from shared.errors import CorruptError, IncompatibleError, InputMissingError, UsageError
@@ -82,7 +93,7 @@ def audit(
     Args:
         path: An artifact's folder, or a folder that holds artifacts (a chain's).
         level: One of `LEVELS`.
-        regions: Region store for redrawing an encoder's masks, where it is not below ``path``.
+        regions: Region store for redrawing an encoder's masks, where it is neither below ``path`` nor beside it.
         out: If given, the audit is published there as an artifact of kind ``audit-report``.
         command: Command line for provenance.
 
@@ -103,6 +114,8 @@ def audit(
     rows.extend(_absent(path, cards))
     if level in ("masks", "all"):
         stores = {card.artifact_id: folder for folder, card in cards.items() if card.identity.kind == "region-store"}
+        if regions is None and not stores:
+            regions = next(filter(None, (_store_beside(folder, card) for folder, card in cards.items())), None)
         if regions is not None:
             if regions.resolve() not in {folder.resolve() for folder in stores.values()}:
                 read_card(regions, "region-store")
@@ -115,6 +128,11 @@ def audit(
     if out is not None:
         _publish(result, out, level, cards.values(), command)
     return result
+
+
+def _store_beside(folder: Path, card: Card) -> Path | None:
+    wanted = (item.artifact_id for item in card.identity.inputs if item.kind == "region-store")
+    return next((found for item in wanted if (found := find_beside(folder, item)) is not None), None)
 
 
 def _artifacts_below(path: Path, out: Path | None) -> list[Path]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from shared.artifact import CARD, read_card, write_atomic
+from shared.artifact import CARD, find_beside, read_card, write_atomic
 from shared.errors import InputMissingError, UsageError
 from shared.workspace import refuse_inside_artifact
 
@@ -158,9 +158,9 @@ def _store_of(encoder: Path, regions: Path | None) -> RegionStore:
             found = store.card.artifact_id
             raise UsageError(f"--regions {regions}: sha256:{found[:16]}, the encoder was made from {wanted[:16]}")
         return store
-    for card in sorted(encoder.resolve().parent.glob(f"*/{CARD}")):
-        if json.loads(card.read_bytes()).get("artifact_id") == wanted:
-            return _open(card.parent)
+    beside = find_beside(encoder, wanted)
+    if beside is not None:
+        return _open(beside)
     raise InputMissingError(
         f"{encoder}: its region store sha256:{wanted[:16]} is not beside it", hint="--regions PATH names it"
     )

@@ -220,6 +220,18 @@ def open_artifact(reference: str | Path, kind: str) -> tuple[Path, Card]:
     return Path(text), card
 
 
+def find_beside(folder: Path, artifact_id: str) -> Path | None:
+    """The artifact of an id among the folders beside this one; its card is read, not checked."""
+    for card in sorted(folder.resolve().parent.glob(f"*/{CARD}")):
+        try:
+            body = json.loads(_bytes(card))
+        except (OSError, ValueError, RecursionError):
+            continue  # a damaged neighbour is not looked for
+        if isinstance(body, dict) and body.get("artifact_id") == artifact_id:
+            return card.parent
+    return None
+
+
 def verify(folder: Path, card: Card) -> list[Finding]:
     """Compare every published file with the card: changed, missing and unlisted ones are findings."""
     found = []

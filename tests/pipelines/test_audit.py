@@ -202,6 +202,19 @@ def test_outputs_that_do_not_say_what_they_must(artifact: str, chain: Chain) -> 
     assert CARD in worst(result)[0][2]
 
 
+def test_masks_are_drawn_from_the_store_beside_an_encoder(chain: Chain) -> None:
+    result = audit(chain.out / "encoder", level="masks")
+    assert result.exit_code == 0
+    assert [(row.artifact, row.check) for row in result.rows if row.verdict == "identical"] == [
+        ("encoder", "files"), ("regions", "files"), ("regions", "maps"), ("encoder", "masks"),
+    ]  # fmt: skip
+    (chain.out / "regions" / "report.html").write_text("x")  # damaged, it proves nothing
+    assert audit(chain.out / "encoder", level="masks").exit_code == 4
+    (chain.out / "regions" / CARD).write_text("{")
+    alone = audit(chain.out / "encoder", level="masks")
+    assert [row.verdict for row in alone.rows] == ["identical", "unrecomputable"]
+
+
 def test_masks_from_a_damaged_store_elsewhere_prove_nothing(chain: Chain, tmp_path: Path) -> None:
     regions = Path(shutil.move(chain.out / "regions", tmp_path / "regions"))
     encoder = chain.out / "encoder"
