@@ -41,6 +41,7 @@ from stage1_localize.grounders.lite_card import RULES, WEIGHTS, open_head
 from stage1_localize.job import localize
 from stage1_localize.parts import for_workers, parts_of_this_process, resolve
 from stage1_localize.segmenters.lite_medsam import Encoded, letterbox
+from tests.pipelines.test_corruption import sweep
 from tests.stage1_localize.coco_files import write_corpus
 
 SETTINGS: dict[str, Any] = {"regions": {"square": ["bright square", "quad"]}, "steps": 2, "folds": 2, "workers": 0}
@@ -197,6 +198,12 @@ def test_a_head_that_is_not_what_was_published_is_never_used(copied: Path, made:
     (copied / "artifact.json").unlink()
     with pytest.raises(IncompatibleError, match="not published"):
         open_head(str(copied))
+
+
+@pytest.mark.slow
+def test_any_damage_of_any_file_is_found_and_named(copied: Path) -> None:
+    counts = sweep(copied)
+    assert counts["lines swapped"] >= 1
 
 
 @pytest.mark.slow
