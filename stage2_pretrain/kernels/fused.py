@@ -13,7 +13,7 @@ launch. A word carries the launch's own tag, so nothing is cleared between launc
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import count
+from itertools import count as numbers
 
 import torch
 import triton
@@ -24,28 +24,14 @@ from torch import Tensor
 from shared.errors import UsageError
 from shared.rng import EPOCHS_MAX, VIEWS_MAX
 from stage2_pretrain.kernels.reference import LOG2
+from stage2_pretrain.masking.budget import Counts
 
 PATCHES_MAX = 4096
 """More would not stay in registers."""
 
 _C0, _C1, _C2, _C3, _C4, _C5 = (tl.constexpr(constant) for constant in LOG2)
-_TAGS = count(1)
+_TAGS = numbers(1)
 _VARYING = ("key_low", "key_high", "last", "tag", "batch", "total", "milli_first", "milli_second")
-
-
-@dataclass(frozen=True)
-class Counts:
-    """How many patches to hide, by a rule that a kernel can follow.
-
-    Attributes:
-        total: Thousandths of all patches, the same number in every sample; None: each stratum by itself.
-        first: Thousandths of stratum 0.
-        second: Thousandths of stratum 1; of no meaning with ``total``, where the second stratum takes the rest.
-    """
-
-    total: int | None
-    first: int = 0
-    second: int = 0
 
 
 @dataclass(frozen=True)

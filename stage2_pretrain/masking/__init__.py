@@ -1,6 +1,6 @@
 """Mask policies: where to hide and how many; they never draw. Add a file and one line here.
 
-A policy is a class with ``Options``, ``version``, ``strata`` and ``plan`` (`stage2_pretrain.masking.plan`).
+A policy is a class with ``Options``, ``version``, ``strata`` and ``tables`` (`stage2_pretrain.masking.plan`).
 """
 
 from shared.registry import Registry

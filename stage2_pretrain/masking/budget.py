@@ -2,8 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from jaxtyping import Bool, Int32, Int64, Integer
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How many patches of each stratum to hide, by a rule that a kernel can follow too.
+
+    Attributes:
+        total: Thousandths of all patches, the same number in every sample; None: each stratum by itself.
+        first: Thousandths of stratum 0.
+        second: Thousandths of stratum 1; of no meaning with ``total``, where the second stratum takes the rest.
+    """
+
+    total: int | None
+    first: int
+    second: int = 0
+
+    def of(self, first: Int64[np.ndarray, "B"], patches: int) -> tuple[Int32[np.ndarray, "B 2"], Bool[np.ndarray, "B"]]:
+        """Counts of both strata, and which samples could not be met as asked, from the patches in stratum 0."""
+        if self.total is None:
+            return per_sample(first, patches, self.first, self.second), np.zeros(len(first), np.bool_)
+        return matched(first, patches, self.total, self.first)
 
 
 def count(n: Integer[np.ndarray, "*B"], milli: int) -> Int32[np.ndarray, "*B"]:

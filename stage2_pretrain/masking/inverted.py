@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import numpy as np
-from jaxtyping import UInt8
-
 from shared.config import Strict
-from stage2_pretrain.masking.plan import Plan
-from stage2_pretrain.masking.region import RegionOptions, plan_region
+from stage2_pretrain.masking.plan import Tables
+from stage2_pretrain.masking.region import RegionOptions, region_tables
 
 
 class Inverted:
@@ -28,6 +25,6 @@ class Inverted:
     def __init__(self, options: RegionOptions) -> None:
         self.options = options
 
-    def plan(self, coverage: UInt8[np.ndarray, "B L"]) -> Plan:
-        """Plan a batch: a patch is outside where its coverage stays below the threshold."""
-        return plan_region(coverage, self.options, inverted=True)
+    def tables(self) -> Tables:
+        """A patch is outside where its coverage stays below the threshold."""
+        return region_tables(self.options, inverted=True)

@@ -12,6 +12,22 @@ from jaxtyping import Bool, Int32, Int64, UInt8
 from shared.config import Strict, spec, validate
 from shared.errors import IncompatibleError
 from stage2_pretrain.masking import POLICIES
+from stage2_pretrain.masking.budget import Counts
+
+
+@dataclass(frozen=True)
+class Tables:
+    """What a policy makes of the level of a patch, whatever the sample.
+
+    Attributes:
+        stratum_of: Level -> stratum, 0 or 1.
+        weight_of: Level -> weight, 1 .. 2^24.
+        counts: How many patches of each stratum to hide.
+    """
+
+    stratum_of: UInt8[np.ndarray, "256"]
+    weight_of: Int32[np.ndarray, "256"]
+    counts: Counts
 
 
 @dataclass(frozen=True)
@@ -36,6 +52,8 @@ class Plan:
 class Policy(Protocol):
     """Says where and how many. ``version`` rises when the same options give other plans.
 
+    There are one or two ``strata``, by name.
+
     A policy that takes the region maps of other samples also has ``maps_of(samples, seed)``; see `maps_of`.
     """
 
@@ -44,9 +62,16 @@ class Policy(Protocol):
     strata: ClassVar[tuple[str, ...]]
     options: Strict
 
-    def plan(self, coverage: UInt8[np.ndarray, "B L"]) -> Plan:
-        """Plan a batch from the mean coverage of each patch, 0 .. 254. Each sample by itself."""
+    def tables(self) -> Tables:
+        """What becomes of the mean coverage of a patch, 0 .. 254."""
         ...
+
+
+def plan_batch(policy: Policy, level: UInt8[np.ndarray, "B L"]) -> Plan:
+    """Plan a batch from what the policy knows of each patch. Each sample by itself."""
+    tables = policy.tables()
+    hidden, clamped = tables.counts.of((tables.stratum_of[level] == 0).sum(1), level.shape[1])
+    return Plan(level, tables.stratum_of, tables.weight_of, hidden[:, : len(policy.strata)], clamped)
 
 
 def maps_of(policy: Policy, samples: int, seed: int) -> Int64[np.ndarray, "N"]:

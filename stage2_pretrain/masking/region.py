@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-from jaxtyping import UInt8
 from pydantic import Field, model_validator
 
 from shared.config import Strict
-from stage2_pretrain.masking.budget import matched, per_sample
+from stage2_pretrain.masking.budget import Counts
 from stage2_pretrain.masking.coverage import COVERAGE_MAX
-from stage2_pretrain.masking.plan import Plan, equal_weights
+from stage2_pretrain.masking.plan import Tables, equal_weights
 
 
 class RegionOptions(Strict):
@@ -74,25 +73,18 @@ class Region:
     def __init__(self, options: RegionOptions) -> None:
         self.options = options
 
-    def plan(self, coverage: UInt8[np.ndarray, "B L"]) -> Plan:
-        """Plan a batch: a patch is inside where its coverage reaches the threshold."""
-        return plan_region(coverage, self.options)
+    def tables(self) -> Tables:
+        """A patch is inside where its coverage reaches the threshold."""
+        return region_tables(self.options)
 
 
-def plan_region(coverage: UInt8[np.ndarray, "B L"], options: RegionOptions, *, inverted: bool = False) -> Plan:
+def region_tables(options: RegionOptions, *, inverted: bool = False) -> Tables:
     """Two strata by the threshold of coverage; the first takes ``hide_inside``.
 
     Args:
-        coverage: Mean coverage of each patch, 0 .. 254.
         options: Budget and threshold.
         inverted: The first stratum is what lies outside.
     """
     threshold = (COVERAGE_MAX * options.inside + 999) // 1000
     stratum_of = ((np.arange(256) < threshold) ^ inverted).astype(np.uint8)
-    patches, first = coverage.shape[1], (stratum_of[coverage] == 0).sum(1)
-    clamped = np.zeros(len(coverage), np.bool_)
-    if options.overall is not None:
-        hidden, clamped = matched(first, patches, options.overall, options.hide_inside)
-    else:
-        hidden = per_sample(first, patches, options.hide_inside, options.hide_outside or 0)
-    return Plan(coverage, stratum_of, equal_weights(), hidden, clamped)
+    return Tables(stratum_of, equal_weights(), Counts(options.overall, options.hide_inside, options.hide_outside or 0))

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import ClassVar
 
 import numpy as np
-from jaxtyping import Int32, UInt8
+from jaxtyping import Int32
 from pydantic import Field
 
 from shared.config import Strict
-from stage2_pretrain.masking.budget import count
+from stage2_pretrain.masking.budget import Counts
 from stage2_pretrain.masking.coverage import COVERAGE_MAX
-from stage2_pretrain.masking.plan import Plan
+from stage2_pretrain.masking.plan import Tables
 
 
 class RegionSoftOptions(Strict):
@@ -41,12 +41,10 @@ class RegionSoft:
     def __init__(self, options: RegionSoftOptions) -> None:
         self.options = options
 
-    def plan(self, coverage: UInt8[np.ndarray, "B L"]) -> Plan:
-        """Plan a batch: every sample hides the same number."""
-        batch, patches = coverage.shape
-        hidden = count(np.full((batch, 1), patches), self.options.overall)
-        weight_of = soft_weights(self.options.sharpness)
-        return Plan(coverage, np.zeros(256, np.uint8), weight_of, hidden, np.zeros(batch, np.bool_))
+    def tables(self) -> Tables:
+        """Every sample hides the same number."""
+        counts = Counts(self.options.overall, self.options.overall)
+        return Tables(np.zeros(256, np.uint8), soft_weights(self.options.sharpness), counts)
 
 
 def soft_weights(sharpness: int) -> Int32[np.ndarray, "256"]:

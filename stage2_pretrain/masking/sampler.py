@@ -14,7 +14,7 @@ from shared.rng import seed_key
 from stage2_pretrain.kernels import IMPLS
 from stage2_pretrain.kernels.reference import PATCHES_MAX
 from stage2_pretrain.masking.coverage import CoverageOptions, combine, pool, region_weights
-from stage2_pretrain.masking.plan import Policy
+from stage2_pretrain.masking.plan import Policy, plan_batch
 
 PURPOSE = "mask"
 
@@ -108,7 +108,7 @@ class MaskSampler:
         self, coverage: UInt8[np.ndarray, "B L"], sample_keys: UInt64[np.ndarray, "B"], epoch: int, view: int = 0
     ) -> Drawn:
         """Draw where the coverage is known."""
-        plan = self.policy.plan(coverage)
+        plan = plan_batch(self.policy, coverage)
         hidden = self._draw_hidden(
             plan.level,
             plan.stratum_of,

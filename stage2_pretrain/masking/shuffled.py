@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import ClassVar
 
 import numpy as np
-from jaxtyping import Int64, UInt8
+from jaxtyping import Int64
 
 from shared.config import Strict
 from shared.rng import below, draw_u32, seed_key
-from stage2_pretrain.masking.plan import Plan
-from stage2_pretrain.masking.region import RegionOptions, plan_region
+from stage2_pretrain.masking.plan import Tables
+from stage2_pretrain.masking.region import RegionOptions, region_tables
 
 PURPOSE = "shuffled"
 
@@ -37,6 +37,6 @@ class Shuffled:
         shift = 1 + below(words, max(1, samples - 1))
         return (np.arange(samples) + shift) % samples
 
-    def plan(self, coverage: UInt8[np.ndarray, "B L"]) -> Plan:
-        """Plan a batch as `region` does."""
-        return plan_region(coverage, self.options)
+    def tables(self) -> Tables:
+        """As of `region`."""
+        return region_tables(self.options)

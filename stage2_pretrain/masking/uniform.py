@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import ClassVar
 
 import numpy as np
-from jaxtyping import UInt8
 from pydantic import Field
 
 from shared.config import Strict
-from stage2_pretrain.masking.budget import count
-from stage2_pretrain.masking.plan import Plan, equal_weights
+from stage2_pretrain.masking.budget import Counts
+from stage2_pretrain.masking.plan import Tables, equal_weights
 
 
 class UniformOptions(Strict):
@@ -32,8 +31,6 @@ class Uniform:
     def __init__(self, options: UniformOptions) -> None:
         self.options = options
 
-    def plan(self, coverage: UInt8[np.ndarray, "B L"]) -> Plan:
-        """Plan a batch: every sample alike."""
-        batch, patches = coverage.shape
-        hidden = count(np.full((batch, 1), patches), self.options.hide)
-        return Plan(coverage, np.zeros(256, np.uint8), equal_weights(), hidden, np.zeros(batch, np.bool_))
+    def tables(self) -> Tables:
+        """Every patch, and every sample, alike."""
+        return Tables(np.zeros(256, np.uint8), equal_weights(), Counts(self.options.hide, self.options.hide))

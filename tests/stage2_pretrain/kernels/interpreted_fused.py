@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from shared.errors import UsageError
 from shared.rng import sample_keys, seed_key
 from stage2_pretrain.kernels import fused
-from stage2_pretrain.kernels.fused import Counts, Fused, draw_regions
+from stage2_pretrain.kernels.fused import Fused, draw_regions
 from stage2_pretrain.kernels.reference import draw_hidden
-from stage2_pretrain.masking.budget import matched, per_sample
+from stage2_pretrain.masking.budget import Counts
 from stage2_pretrain.masking.coverage import combine, pool
 from stage2_pretrain.window import WindowOptions, draw_windows
 
@@ -71,13 +71,7 @@ def check(case: dict[str, Any]) -> None:
     made, windows = launch(case)
     weights = case["region_weights"]
     coverage = combine(pool(case["maps"], windows, case["grid"]), None if weights is None else weights.astype(np.int64))
-    batch, patches = coverage.shape
-    first, counts = (case["stratum_of"][coverage] == 0).sum(1), case["counts"]
-    clamped = np.zeros(batch, bool)
-    if counts.total is None:
-        num_hidden = per_sample(first, patches, counts.first, counts.second)
-    else:
-        num_hidden, clamped = matched(first, patches, counts.total, counts.first)
+    num_hidden, clamped = case["counts"].of((case["stratum_of"][coverage] == 0).sum(1), coverage.shape[1])
     names = {name: case[name] for name in ("seed_key", "epoch", "view")}
     hidden = draw_hidden(coverage, case["stratum_of"], case["weight_of"], num_hidden, case["keys"], **names)
     assert np.array_equal(made.coverage, coverage)

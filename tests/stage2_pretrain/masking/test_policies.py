@@ -12,7 +12,7 @@ from shared.errors import ConfigError, IncompatibleError
 from shared.rng import sample_keys, seed_key
 from stage2_pretrain.kernels.reference import draw_hidden
 from stage2_pretrain.masking import POLICIES
-from stage2_pretrain.masking.plan import Plan, build_policy, maps_of, policy_of_card, policy_spec
+from stage2_pretrain.masking.plan import Plan, build_policy, maps_of, plan_batch, policy_of_card, policy_spec
 
 
 @st.composite
@@ -40,13 +40,13 @@ def sizes(plan: Plan) -> np.ndarray:
 @given(coverage=coverages())
 def test_plans_fit_the_sampler(name: str, coverage: np.ndarray) -> None:
     policy = build_policy(name)
-    plan = policy.plan(coverage)
+    plan = plan_batch(policy, coverage)
     assert plan.level.shape == coverage.shape
     assert plan.stratum_of.shape == plan.weight_of.shape == (256,)
     assert plan.num_hidden.shape == (len(coverage), len(policy.strata))
     assert plan.weight_of.min() >= 1
     assert ((plan.num_hidden >= 0) & (plan.num_hidden <= sizes(plan))).all()
-    alone = policy.plan(coverage[-1:])
+    alone = plan_batch(policy, coverage[-1:])
     assert np.array_equal(alone.num_hidden, plan.num_hidden[-1:])
     assert np.array_equal(alone.level, plan.level[-1:])
 
@@ -67,7 +67,7 @@ def test_every_option_is_described_and_on_the_card(name: str) -> None:
 
 def test_uniform_hides_the_same_share_wherever_the_region_is() -> None:
     coverage = np.random.default_rng(0).integers(0, 255, (5, 49), dtype=np.uint8)
-    plan = build_policy("uniform", {"hide": 750}).plan(coverage)
+    plan = plan_batch(build_policy("uniform", {"hide": 750}), coverage)
     assert plan.num_hidden.tolist() == [[37]] * 5
     assert not plan.stratum_of.any()
     assert (plan.weight_of == 1).all()
@@ -78,7 +78,7 @@ def test_uniform_hides_the_same_share_wherever_the_region_is() -> None:
 @given(coverage=coverages())
 def test_region_counts(options: dict[str, Any], coverage: np.ndarray) -> None:
     policy = build_policy("region", options)
-    plan = policy.plan(coverage)
+    plan = plan_batch(policy, coverage)
     patches = coverage.shape[1]
     threshold = -(-254 * options.get("inside", 500) // 1000)
     inside = [int(n) for n in (coverage >= threshold).sum(1)]
@@ -95,7 +95,7 @@ def test_region_counts(options: dict[str, Any], coverage: np.ndarray) -> None:
 
 @pytest.mark.parametrize(("milli", "lowest"), [(1, 1), (500, 127), (501, 128), (1000, 254)])
 def test_inside_begins_at_the_rounded_up_threshold(milli: int, lowest: int) -> None:
-    plan = build_policy("region", {"inside": milli}).plan(np.array([[lowest - 1, lowest]], np.uint8))
+    plan = plan_batch(build_policy("region", {"inside": milli}), np.array([[lowest - 1, lowest]], np.uint8))
     assert plan.stratum_of[plan.level].tolist() == [[1, 0]]
 
 
@@ -103,12 +103,12 @@ def test_inside_begins_at_the_rounded_up_threshold(milli: int, lowest: int) -> N
 @settings(max_examples=50, deadline=None)
 @given(coverage=coverages())
 def test_inverted_is_region_of_what_lies_outside(options: dict[str, Any], coverage: np.ndarray) -> None:
-    plan = build_policy("inverted", options).plan(coverage)
-    straight = build_policy("region", options).plan(coverage)
+    plan = plan_batch(build_policy("inverted", options), coverage)
+    straight = plan_batch(build_policy("region", options), coverage)
     assert np.array_equal(plan.stratum_of[plan.level], 1 - straight.stratum_of[straight.level])
     # Full coverage where there was none, and none elsewhere: what `region` then does inside is done here outside.
     outside = np.where(straight.stratum_of[coverage] == 0, 0, 254).astype(np.uint8)
-    mirrored = build_policy("region", options).plan(outside)
+    mirrored = plan_batch(build_policy("region", options), outside)
     assert np.array_equal(plan.num_hidden, mirrored.num_hidden)
     assert np.array_equal(plan.clamped, mirrored.clamped)
 
@@ -116,7 +116,7 @@ def test_inverted_is_region_of_what_lies_outside(options: dict[str, Any], covera
 def test_region_soft_hides_the_same_number_and_covered_patches_more_often() -> None:
     coverage = np.tile(np.repeat(np.array([0, 127, 254], np.uint8), 40), (400, 1))
     policy = build_policy("region-soft", {"overall": 300, "sharpness": 9})
-    plan = policy.plan(coverage)
+    plan = plan_batch(policy, coverage)
     assert plan.num_hidden.tolist() == [[36]] * 400
     assert plan.weight_of[[0, 127, 254]].tolist() == [254, 5 * 254, 9 * 254]
     keys = sample_keys(str(number) for number in range(400))
@@ -131,9 +131,9 @@ def test_region_soft_hides_the_same_number_and_covered_patches_more_often() -> N
 
 
 def test_region_soft_of_sharpness_one_is_uniform() -> None:
-    plan = build_policy("region-soft", {"sharpness": 1}).plan(np.arange(49, dtype=np.uint8)[None])
+    plan = plan_batch(build_policy("region-soft", {"sharpness": 1}), np.arange(49, dtype=np.uint8)[None])
     assert len(set(plan.weight_of.tolist())) == 1
-    largest = build_policy("region-soft", {"sharpness": 1000}).plan(np.full((1, 4), 254, np.uint8))
+    largest = plan_batch(build_policy("region-soft", {"sharpness": 1000}), np.full((1, 4), 254, np.uint8))
     assert largest.weight_of.max() == 254_000
 
 
@@ -157,13 +157,13 @@ def test_shifts_are_spread_over_all_and_others_keep_their_own() -> None:
 @settings(max_examples=50, deadline=None)
 @given(coverage=coverages())
 def test_shuffled_plans_as_region(coverage: np.ndarray) -> None:
-    plan, straight = (build_policy(name).plan(coverage) for name in ("shuffled", "region"))
+    plan, straight = (plan_batch(build_policy(name), coverage) for name in ("shuffled", "region"))
     assert np.array_equal(plan.num_hidden, straight.num_hidden)
     assert np.array_equal(plan.stratum_of, straight.stratum_of)
 
 
 def test_an_empty_region_is_valid() -> None:
-    plan = build_policy("region", {"overall": 600}).plan(np.zeros((1, 49), np.uint8))
+    plan = plan_batch(build_policy("region", {"overall": 600}), np.zeros((1, 49), np.uint8))
     assert plan.num_hidden.tolist() == [[0, 29]]
     assert not plan.clamped.any()
 

@@ -11,7 +11,7 @@ from shared.rng import sample_keys, seed_key
 from stage2_pretrain.kernels.reference import draw_hidden
 from stage2_pretrain.masking import POLICIES
 from stage2_pretrain.masking.coverage import CoverageOptions, combine, pool
-from stage2_pretrain.masking.plan import build_policy
+from stage2_pretrain.masking.plan import build_policy, plan_batch
 from stage2_pretrain.masking.sampler import MaskSampler
 from stage2_pretrain.window import WindowOptions, draw_windows
 
@@ -38,7 +38,7 @@ def build(name: str = "region", options: dict[str, Any] | None = None, **changes
 def test_counts_are_exact_and_batches_do_not_matter(name: str) -> None:
     sampler, maps = build(name), region_maps()
     whole = sampler.draw_arrays(maps, WINDOWS, KEYS, 2, view=1)
-    plan = sampler.policy.plan(whole.coverage)
+    plan = plan_batch(sampler.policy, whole.coverage)
     stratum = plan.stratum_of[plan.level]
     for number in range(len(sampler.policy.strata)):
         assert ((whole.hidden & (stratum == number)).sum(1) == whole.num_hidden[:, number]).all()
@@ -54,7 +54,7 @@ def test_the_parts_are_joined_as_specified() -> None:
     sampler = build(coverage=CoverageOptions(combine="weighted", weights={"lung": 3, "heart": 1}))
     drawn = sampler.draw_arrays(maps, WINDOWS, KEYS, 2, view=3)
     coverage = combine(pool(maps, WINDOWS, (7, 7)), np.array([3, 1]))
-    plan = sampler.policy.plan(coverage)
+    plan = plan_batch(sampler.policy, coverage)
     assert np.array_equal(drawn.coverage, coverage)
     expected = draw_hidden(
         coverage, plan.stratum_of, plan.weight_of, plan.num_hidden, KEYS, seed_key=seed_key("mask", 11), epoch=2, view=3
