@@ -224,7 +224,7 @@ def _mask_facts(mask: OneMask, sample: str, epoch: int, view: int) -> tuple[dict
         "window": f"rows {top} to {top + height}, columns {left} to {left + width}"
         + (f", {', '.join(moved)}" if moved else ""),
         "patches": f"{spec.grid[0]}x{spec.grid[1]}",
-        "policy": f"{spec.policy.name} {json.dumps(spec.policy.options)}",
+        "policy": f"{spec.policy.name} {spec.policy_at(epoch).options.model_dump_json()}",
         **({"region maps of": mask.maps_of} if mask.maps_of != sample else {}),
         "coverage": f"{mask.coverage.mean() / 254:.1%} of the window",
         "hidden": f"{int(mask.hidden.sum())} of {spec.patches}: {', '.join(counts)}"

@@ -10,6 +10,7 @@ from shared.config import Strict, runtime, validate
 from shared.errors import ConfigError
 from stage2_pretrain.masking import POLICIES
 from stage2_pretrain.masking.coverage import CoverageOptions
+from stage2_pretrain.masking.schedule import ScheduleOptions
 from stage2_pretrain.window import WindowOptions
 
 
@@ -23,6 +24,7 @@ class PretrainConfig(Strict):
         {"name": "region"},
         description="Mask policy, where and how much to hide: its name, or 'name' and its own settings.",
     )
+    schedule: ScheduleOptions = Field(ScheduleOptions(), description="How the policy's settings change over epochs.")
     coverage: CoverageOptions = Field(CoverageOptions(), description="How several regions become one coverage.")
     window: WindowOptions = Field(WindowOptions(), description="How images are cropped, flipped and turned.")
     backbone: str = Field("resnet50", description="timm architecture of the encoder.")

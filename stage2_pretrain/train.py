@@ -202,6 +202,7 @@ def prepare(config: PretrainConfig, store: RegionStore, images: Path, out: Path)
         steps=config.epochs * steps_per_epoch(len(dataset), config.batch_size),
         coverage=config.coverage,
         window=config.window,
+        schedule=config.schedule,
     )
     check_grid(method.grid, store.grid, dataset.sizes_px, config.window)
     if config.device == "cpu":
@@ -231,7 +232,7 @@ _SHARES = {
     "hidden_outside_share": "outside regions",
     "hidden_share": "overall",
 }
-_IN_MASKS = ("policy", "coverage", "window")
+_IN_MASKS = ("policy", "schedule", "coverage", "window")
 """Settings that the card holds in its section ``mask``."""
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,7 +44,7 @@ class MaskSampler:
     """Draws masks by names: the same sample, seed, epoch and view give the same mask in any batch.
 
     Args:
-        policy: Where and how many.
+        policy: Where and how many; where that changes, the policy of each epoch.
         grid: Rows and columns of patches.
         seed: Of the run.
         regions: Names of the store's regions, the K axis of its maps.
@@ -57,7 +57,7 @@ class MaskSampler:
 
     def __init__(
         self,
-        policy: Policy,
+        policy: Policy | Callable[[int], Policy],
         *,
         grid: tuple[int, int],
         seed: int,
@@ -67,12 +67,16 @@ class MaskSampler:
     ) -> None:
         if min(grid) < 1 or grid[0] * grid[1] > PATCHES_MAX:
             raise ConfigError(f"grid {grid[0]}x{grid[1]}: expected 1 to {PATCHES_MAX} patches")
-        self.policy = policy
+        self._policy = policy
         self.grid = grid
         self.impl = impl
         self._draw_hidden = IMPLS.load(impl)
         self._key = seed_key(PURPOSE, seed)
         self._weights = region_weights(coverage or CoverageOptions(), regions)
+
+    def policy_at(self, epoch: int) -> Policy:
+        """Where and how many in an epoch, from 0."""
+        return self._policy(epoch) if callable(self._policy) else self._policy
 
     def draw(self, batch: dict[str, Any], epoch: int, view: int = 0) -> Drawn:
         """Draw the masks of a batch of `RegionDataset`.
@@ -108,7 +112,7 @@ class MaskSampler:
         self, coverage: UInt8[np.ndarray, "B L"], sample_keys: UInt64[np.ndarray, "B"], epoch: int, view: int = 0
     ) -> Drawn:
         """Draw where the coverage is known."""
-        plan = plan_batch(self.policy, coverage)
+        plan = plan_batch(self.policy_at(epoch), coverage)
         hidden = self._draw_hidden(
             plan.level,
             plan.stratum_of,

@@ -14,8 +14,9 @@ from shared.errors import IncompatibleError
 from shared.order import schedule, steps_per_epoch
 from stage2_pretrain.kernels.reference import BITS_VERSION
 from stage2_pretrain.masking.coverage import CoverageOptions
-from stage2_pretrain.masking.plan import build_policy, maps_of, policy_of_card, policy_spec
+from stage2_pretrain.masking.plan import Policy, build_policy, maps_of, policy_of_card, policy_spec
 from stage2_pretrain.masking.sampler import MaskSampler
+from stage2_pretrain.masking.schedule import ScheduleOptions, options_at
 from stage2_pretrain.window import VERSION as WINDOW_VERSION
 from stage2_pretrain.window import WindowOptions
 
@@ -42,6 +43,7 @@ class MaskSpec(Strict):
     policy: PolicySpec = Field(description="Where and how many.")
     coverage: CoverageOptions = Field(description="How several regions become one coverage.")
     window: WindowOptions = Field(description="How images are cropped, flipped and turned.")
+    schedule: ScheduleOptions = Field(ScheduleOptions(), description="How the policy's settings change.")
     samples: int = Field(ge=1, description="Samples of the run.")
     batch: int = Field(ge=1, description="Largest number of samples in a step.")
     steps: int = Field(ge=1, description="Steps of the run.")
@@ -57,10 +59,15 @@ class MaskSpec(Strict):
         """Epochs begun, the last perhaps unfinished."""
         return -(-self.steps // steps_per_epoch(self.samples, self.batch))
 
+    def policy_at(self, epoch: int) -> Policy:
+        """The policy with its settings of an epoch, from 0."""
+        options = options_at(self.schedule, self.policy.options, epoch=epoch, epochs=self.epochs)
+        return policy_of_card({**self.policy.model_dump(), "options": options})
+
     def sampler(self, regions: Sequence[str], impl: str = "reference") -> MaskSampler:
         """The sampler that this section describes, for a store's regions; every backend gives the same bits."""
         return MaskSampler(
-            policy_of_card(self.policy.model_dump()),
+            self.policy_at if self.schedule.first else self.policy_at(0),
             grid=self.grid,
             seed=self.seed,
             regions=regions,
@@ -94,6 +101,7 @@ def mask_spec(
     steps: int,
     coverage: CoverageOptions | None = None,
     window: WindowOptions | None = None,
+    schedule: ScheduleOptions | None = None,
     views: int = 1,
 ) -> MaskSpec:
     """Describe the masks of a run to come; embed ``shared.config.spec`` of it in the card as ``mask``.
@@ -108,12 +116,13 @@ def mask_spec(
         steps: Steps of the run.
         coverage: How several regions become one.
         window: How images are cropped, flipped and turned.
+        schedule: How the policy's settings change over the epochs.
         views: Draws of a sample in one epoch.
 
     Raises:
-        ConfigError: An unknown policy, or options that do not fit.
+        ConfigError: An unknown policy, or options that do not fit, in the first epoch or the last.
     """
-    return MaskSpec(
+    described = MaskSpec(
         bits_version=BITS_VERSION,
         window_version=WINDOW_VERSION,
         seed=seed,
@@ -121,11 +130,15 @@ def mask_spec(
         policy=PolicySpec(**policy_spec(policy, build_policy(policy, options))),
         coverage=coverage or CoverageOptions(),
         window=window or WindowOptions(),
+        schedule=schedule or ScheduleOptions(),
         samples=samples,
         batch=batch,
         steps=steps,
         views=views,
     )
+    for epoch in (0, described.epochs - 1):
+        described.policy_at(epoch)
+    return described
 
 
 def mask_section(specification: MaskSpec) -> dict[str, Any]:

@@ -245,6 +245,15 @@ def test_what_the_seed_and_threads_do(whole: Artifact, corpus: Path, tmp_path: P
     assert uniform.outputs["weights"] != mine["weights"]
 
 
+def test_a_schedule_is_on_the_card_and_seen_by_the_trainer(corpus: Path, tmp_path: Path) -> None:
+    made = run(corpus, tmp_path / "out", schedule={"first": {"overall": 250}}, loader_workers=1)
+    shares = [row["hidden_share"] for row in read_metrics(made.path) if "epoch" in row]
+    assert shares == [4 / 16, 5 / 16, 8 / 16, 10 / 16]  # 250, 338, 513, 600 thousandths of 16 patches
+    assert redraw(open_region_store(str(corpus / "regions")), made.card.identity.spec, made.path).mismatches == ()
+    with pytest.raises(ConfigError, match=r"schedule.first.overal: .*Did you mean 'overall'"):
+        run(corpus, tmp_path / "other", schedule={"first": {"overal": 250}})
+
+
 def test_the_average_of_the_weights_is_what_is_published(whole: Artifact, corpus: Path, tmp_path: Path) -> None:
     changes = {"optimizer": "lamb", "weight_decay_end": 0.2}
     last, averaged = (run(corpus, tmp_path / str(ema), ema=ema, **changes) for ema in (None, 0.9))

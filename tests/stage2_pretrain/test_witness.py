@@ -13,6 +13,7 @@ from shared.errors import CorruptError, IncompatibleError, MwmError
 from shared.order import schedule
 from stage2_pretrain.data import RegionDataset
 from stage2_pretrain.masking import POLICIES
+from stage2_pretrain.masking.schedule import ScheduleOptions
 from stage2_pretrain.masking.spec import MaskSpec, mask_section, mask_spec
 from stage2_pretrain.window import WindowOptions
 from stage2_pretrain.witness import FILE, NAMES, WitnessRecorder, choose_witnesses, read_witnesses, redraw
@@ -89,6 +90,24 @@ def test_a_run_draws_again_from_card_and_store(policy: str, store: FakeStore, im
     assert found.checked == found.draws == outputs["draws"] == outputs["witness_draws"] == (11 + 11 + 8) * 2
     assert found.epochs == 3
     assert outputs["witness_samples"] == SAMPLES
+
+
+def test_a_schedule_draws_again_and_hides_as_many_as_its_epoch_says(
+    store: FakeStore, images: Path, tmp_path: Path
+) -> None:
+    spec = describe(
+        "region", options={"overall": 700}, schedule=ScheduleOptions(first={"overall": 300}, shape="linear")
+    )
+    recorder = train(spec, store, images)
+    recorder.write(tmp_path)
+    section = mask_section(spec)
+    assert section["schedule"] == {"first": {"overall": 300}, "shape": "linear"}
+    assert redraw(store, {"mask": section}, tmp_path).mismatches == ()
+    bits = np.unpackbits(recorder.tensors["bits"], axis=-1, bitorder="little").sum(-1)
+    drawn = recorder.tensors["drawn"].astype(bool)
+    assert [set(bits[epoch][drawn[epoch]].tolist()) for epoch in range(3)] == [{15}, {25}, {34}]  # of 49
+    del section["schedule"]  # as on a card from before there were schedules
+    assert redraw(store, {"mask": section}, tmp_path).mismatches
 
 
 def test_no_image_is_opened_to_draw_again(

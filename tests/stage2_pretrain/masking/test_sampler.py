@@ -38,9 +38,9 @@ def build(name: str = "region", options: dict[str, Any] | None = None, **changes
 def test_counts_are_exact_and_batches_do_not_matter(name: str) -> None:
     sampler, maps = build(name), region_maps()
     whole = sampler.draw_arrays(maps, WINDOWS, KEYS, 2, view=1)
-    plan = plan_batch(sampler.policy, whole.coverage)
+    plan = plan_batch(sampler.policy_at(0), whole.coverage)
     stratum = plan.stratum_of[plan.level]
-    for number in range(len(sampler.policy.strata)):
+    for number in range(len(sampler.policy_at(0).strata)):
         assert ((whole.hidden & (stratum == number)).sum(1) == whole.num_hidden[:, number]).all()
         assert ((stratum == number).sum(1) == whole.num_patches[:, number]).all()
     for part in (np.array([9]), np.array([20, 4, 11]), np.arange(29, -1, -1)):
@@ -54,7 +54,7 @@ def test_the_parts_are_joined_as_specified() -> None:
     sampler = build(coverage=CoverageOptions(combine="weighted", weights={"lung": 3, "heart": 1}))
     drawn = sampler.draw_arrays(maps, WINDOWS, KEYS, 2, view=3)
     coverage = combine(pool(maps, WINDOWS, (7, 7)), np.array([3, 1]))
-    plan = plan_batch(sampler.policy, coverage)
+    plan = plan_batch(sampler.policy_at(0), coverage)
     assert np.array_equal(drawn.coverage, coverage)
     expected = draw_hidden(
         coverage, plan.stratum_of, plan.weight_of, plan.num_hidden, KEYS, seed_key=seed_key("mask", 11), epoch=2, view=3

@@ -7,6 +7,7 @@ import rfc8785
 
 from shared.errors import ConfigError, IncompatibleError
 from shared.order import schedule
+from stage2_pretrain.masking.schedule import ScheduleOptions
 from stage2_pretrain.masking.spec import MaskSpec, mask_section, mask_spec, mask_spec_of_card
 from stage2_pretrain.window import WindowOptions
 
@@ -63,6 +64,15 @@ def test_a_policy_of_another_version_is_incompatible() -> None:
 def test_options_are_checked_at_once() -> None:
     with pytest.raises(ConfigError, match="Did you mean 'overall'"):
         build(options={"overal": 500})
+
+
+@pytest.mark.parametrize(
+    ("first", "match"),
+    [({"overal": 5}, "Did you mean 'overall'"), ({"overall": 0}, "overall"), ({"hide_outside": 5}, "no whole number")],
+)
+def test_schedules_are_checked_at_once(first: dict[str, int], match: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        build(schedule=ScheduleOptions(first=first))
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 6, 7, 11])
