@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -21,7 +21,8 @@ from shared.config import Strict
 from shared.errors import ConfigError, UsageError
 from shared.rng import seed_key
 from stage2_pretrain.methods.norm import BatchNorm2d
-from stage2_pretrain.methods.sparse import Sites, batch_norm, check_sparse, sparse
+from stage2_pretrain.methods.packed import Cells, check_packed, packed
+from stage2_pretrain.methods.sparse import Sites, check_sparse, sparse
 
 _EPS = 1e-6
 """Added to the variance of a patch, so that a constant patch stays finite."""
@@ -36,6 +37,11 @@ class SparKOptions(Strict):
         le=4096,
         description="Channels of the decoder's deepest level, a multiple of the encoder's stride, halved a level. "
         "768 in the paper; 384 or less is far faster.",
+    )
+    execution: Literal["packed", "masked"] = Field(
+        "packed",
+        description="packed: the encoder computes visible patches only. masked: it computes all of them and "
+        "multiplies, as published; the same function, for encoders that have no packed form, and slower.",
     )
 
 
@@ -54,7 +60,7 @@ class SparK(nn.Module):
     """
 
     Options: ClassVar[type[Strict]] = SparKOptions
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     def __init__(self, options: SparKOptions, backbone: Backbone, *, size_px: int, seed: int) -> None:
         super().__init__()
@@ -64,7 +70,8 @@ class SparK(nn.Module):
             raise ConfigError(f"size_px: {size_px} is no multiple of the encoder's stride {stride}")
         if 2**levels != stride:
             raise ConfigError(f"backbone {backbone.name}: stride {stride}, expected a power of two")
-        check_sparse(backbone.model)
+        self.packed = options.execution == "packed"
+        (check_packed if self.packed else check_sparse)(backbone.model)
         self.backbone = backbone
         self.encoder = backbone.model
         self.patch_px = stride
@@ -105,24 +112,35 @@ class SparK(nn.Module):
 
     def forward(self, image: Float[Tensor, "B C S S"], visible: Bool[Tensor, "B gh gw"]) -> Float[Tensor, "B C S S"]:
         """Draw every pixel, in units of its patch's own mean and deviation."""
-        sites = Sites(visible)
+        where = self.where(visible)
         decoded: Tensor | None = None
         levels = dict(zip(self.backbone.reductions, self.densify, strict=True))
-        features = dict(zip(self.backbone.reductions, self.encode(image, sites), strict=True))
+        features = dict(zip(self.backbone.reductions, self.encode(image, where), strict=True))
         reduction = self.patch_px
         for block in self.decoder:
             if reduction in features:
-                dense = levels[reduction](features[reduction], sites)
+                dense = levels[reduction](features[reduction], where)
                 decoded = dense if decoded is None else decoded + dense
             decoded = block(decoded)
             reduction //= 2
         drawn: Tensor = self.to_pixels(decoded)
         return drawn
 
-    def encode(self, image: Float[Tensor, "B C S S"], sites: Sites) -> list[Tensor]:
-        """Features of every scale of the encoder, finest first, zero at hidden sites."""
-        with sparse(self.encoder, sites):
-            return self.backbone.features(sites.multiply(image))
+    def where(self, visible: Bool[Tensor, "B gh gw"]) -> Sites | Cells:
+        """What the encoder may see, as it is computed; a process without a visible patch keeps step with the others."""
+        return Cells(visible) if self.packed and visible.any() else Sites(visible)
+
+    def encode(self, image: Float[Tensor, "B C S S"], where: Sites | Cells) -> list[Tensor]:
+        """Features of every scale of the encoder, finest first.
+
+        Returns:
+            With `Sites`: [B, C, h, w], zero at hidden sites. With `Cells`: [T, C, t, t], the visible patches alone.
+        """
+        if isinstance(where, Cells):
+            with packed(self.encoder, where):
+                return self.backbone.features(where.cut(image))
+        with sparse(self.encoder, where):
+            return self.backbone.features(where.multiply(image))
 
     @torch.no_grad()
     def reconstruct(self, image: Float[Tensor, "B C S S"], visible: Bool[Tensor, "B gh gw"]) -> Tensor:
@@ -149,10 +167,9 @@ class _Densify(nn.Module):
         nn.init.trunc_normal_(self.token, std=0.02)
         self.project = nn.Conv2d(channels, width, 1)
 
-    def forward(self, feature: Float[Tensor, "B C h w"], sites: Sites) -> Float[Tensor, "B D h w"]:
-        """Dense features for the decoder."""
-        normed = batch_norm(self.norm, feature, sites)
-        projected: Tensor = self.project(torch.where(sites.active(*feature.shape[2:]), normed, self.token))
+    def forward(self, feature: Tensor, where: Sites | Cells) -> Float[Tensor, "B D h w"]:
+        """Dense features for the decoder, from what `SparK.encode` gives."""
+        projected: Tensor = self.project(where.fill(where.norm(self.norm, feature), self.token))
         return projected
 
 

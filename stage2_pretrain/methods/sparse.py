@@ -72,6 +72,14 @@ class Sites:
         """Active sites of the batch, in all processes."""
         return self._count * (height // self.visible.shape[1]) * (width // self.visible.shape[2])
 
+    def norm(self, norm: nn.Module, feature: Float[Tensor, "B C h w"]) -> Float[Tensor, "B C h w"]:
+        """`batch_norm` of these sites."""
+        return batch_norm(norm, feature, self)
+
+    def fill(self, feature: Float[Tensor, "B C h w"], token: Tensor) -> Float[Tensor, "B C h w"]:
+        """The feature with ``token`` at hidden sites."""
+        return torch.where(self.active(*feature.shape[2:]), feature, token)
+
     def multiply(self, feature: Float[Tensor, "B C h w"]) -> Float[Tensor, "B C h w"]:
         """Zero at hidden sites."""
         return feature * self.active(*feature.shape[2:]).to(feature.dtype)
@@ -83,7 +91,7 @@ def check_sparse(model: nn.Module) -> None:
     Raises:
         ConfigError: Names the module and its type.
     """
-    for name, child in _walk(model, ""):
+    for name, child in walk(model, ""):
         if not isinstance(child, _CONTAINERS + _POINTWISE + tuple(_SPARSE)):
             raise ConfigError(
                 f"backbone: {name} is a {type(child).__name__}, which has no sparse form",
@@ -99,7 +107,7 @@ def sparse(model: nn.Module, sites: Sites) -> Iterator[None]:
     """
     changed: list[nn.Module] = []
     try:
-        for _, child in _walk(model, ""):
+        for _, child in walk(model, ""):
             for kind, forward in _SPARSE.items():
                 if isinstance(child, kind):
                     child.forward = _bound(forward, child, sites)
@@ -162,11 +170,12 @@ def _bound(
     return lambda feature: forward(module, feature, sites)
 
 
-def _walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+def walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+    """Every module that a feature passes through, with its name; ``name`` is empty for the whole model."""
     yield name or type(module).__name__, module
     for key, child in module.named_children():
         if name or key not in _UNUSED:
-            yield from _walk(child, f"{name}.{key}" if name else key)
+            yield from walk(child, f"{name}.{key}" if name else key)
 
 
 class _Gather(torch.autograd.Function):

@@ -92,7 +92,9 @@ def test_what_is_published(whole: Artifact, corpus: Path) -> None:
     resolved = yaml.safe_load((whole.path / "resolved.yaml").read_text())
     assert resolved["impl"] == "cpu"
     assert resolved["policy"]["overall"] == 600
-    assert load(PretrainConfig, whole.path / "resolved.yaml") == config(impl="cpu", loader_workers=0)
+    assert load(PretrainConfig, whole.path / "resolved.yaml") == config(
+        impl="cpu", loader_workers=0, method={**RECIPE["method"], "execution": "packed"}
+    )
     report = (whole.path / "report.html").read_text()
     assert report.count("reconstruction") >= 2
     assert "1 samples of the region store have no maps" in report
