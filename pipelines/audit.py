@@ -142,12 +142,19 @@ def _artifacts_below(path: Path, out: Path | None) -> list[Path]:
         return [path, *(card.parent for card in sorted(path.glob(f"*/{CARD}")))]
     if (path / SPEC).is_file() or (path / RESOLVED).is_file():
         read_card(path)  # a run without its card is no folder of artifacts: say so
-    found = [card.parent for card in sorted(path.rglob(CARD)) if "run" not in card.relative_to(path).parts[:-1]]
+    found = [card.parent for card in sorted(path.rglob(CARD)) if not _in_run_of_artifact(card.parent, path)]
     # An audit does not audit its own report: it would never be the same twice.
     found = [folder for folder in found if out is None or folder.resolve() != out.resolve()]
     if not found:
         read_card(path)  # says whether it is unpublished or under a live lease
     return found
+
+
+def _in_run_of_artifact(folder: Path, root: Path) -> bool:
+    """Whether a folder lies below the ``run/`` of an artifact or of a run, which is not audited."""
+    inside = (place for place in [folder, *folder.parents] if place != root and root in place.parents)
+    owners = (place.parent for place in inside if place.name == "run")
+    return any((owner / CARD).is_file() or (owner / SPEC).is_file() for owner in owners)
 
 
 def _name(folder: Path, root: Path) -> str:

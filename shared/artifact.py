@@ -252,7 +252,7 @@ def published_files(folder: Path, kind: str) -> Iterator[str]:
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         top = name.split("/", 1)[0]
-        if top in ("run", CARD, "lease.json") or not (path.is_file() or path.is_symlink()):
+        if top == "run" or name in (CARD, "lease.json") or not (path.is_file() or path.is_symlink()):
             continue
         if kind == "region-store" and top == "regions.zarr" and path.name != "zarr.json":
             continue

@@ -365,7 +365,9 @@ def _refuse_ids(sources: list[Source]) -> None:
             )
     if problems:
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise UsageError("; ".join(problems[:5]) + more, hint="give ids in a list with a column 'sample_id'")
+        raise UsageError(
+            "; ".join(problems[:5]) + more, hint="a list with a column 'sample_id' gives each image an id of its own"
+        )
 
 
 def _id_fault(sample_id: str) -> str | None:

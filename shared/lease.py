@@ -43,14 +43,10 @@ class Lease:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         for _ in range(8):
             try:
-                descriptor = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+                self._create()
             except FileExistsError:
                 self._remove_if_dead()
                 continue
-            with os.fdopen(descriptor, "w") as file:
-                pid = os.getpid()
-                body = {"pid": pid, "started": _start_time(pid), "boot": _boot_id(), "nonce": self._nonce}
-                json.dump(body, file)
             self._thread = threading.Thread(target=self._beat, daemon=True)
             self._thread.start()
             return self
@@ -66,6 +62,23 @@ class Lease:
         finally:  # also when a second signal comes while the thread ends
             if self._is_ours():
                 self.path.unlink(missing_ok=True)
+
+    def _create(self) -> None:
+        """Make the file with its content at once: a kill between the two would lock the folder for seconds."""
+        pid = os.getpid()
+        body = json.dumps({"pid": pid, "started": _start_time(pid), "boot": _boot_id(), "nonce": self._nonce})
+        draft = self.path.with_name(f".{LEASE}.{self._nonce}.tmp")
+        try:
+            draft.write_text(body)
+            try:
+                os.link(draft, self.path)
+            except FileExistsError:
+                raise
+            except OSError:  # a file system without links
+                with self.path.open("x") as file:
+                    file.write(body)
+        finally:
+            draft.unlink(missing_ok=True)
 
     def _beat(self) -> None:
         while not self._stop.wait(_HEARTBEAT_S):

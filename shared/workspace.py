@@ -78,9 +78,14 @@ def look(
         if rfc8785.dumps(found) != rfc8785.dumps(wanted):
             _refuse(out, found, wanted)
         return "continue", None
-    if out.is_dir() and any(path.name not in (LEASE, "run") for path in out.iterdir()):
+    if out.is_dir() and any(path.name not in (LEASE, "run") for path in out.iterdir() if not _draft(path)):
         raise UsageError(f"{out}: not empty, and not a run of mwm", hint="name another folder with --out")
     return "new", None
+
+
+def _draft(path: Path) -> bool:
+    """What a kill leaves of a file that was being written, and `publish` clears away."""
+    return path.name.startswith(".") and path.name.endswith(".tmp")
 
 
 def refuse_inside_artifact(out: Path) -> None:
@@ -134,7 +139,7 @@ def set_aside(out: Path) -> Path | None:
         holder = lease_holder(folder)
         if holder is not None:
             raise UsageError(f"{folder}: process {holder} is writing here; --fresh would pull it away")
-    if any(out.iterdir()) and not (out / CARD).exists() and not (out / "run").is_dir():
+    if not all(map(_draft, out.iterdir())) and not (out / CARD).exists() and not (out / "run").is_dir():
         raise UsageError(f"{out}: not a run of mwm; --fresh would move it away", hint="name another folder with --out")
     number = 1
     while (aside := out.with_name(f"{out.name}.old-{number}")).exists():

@@ -107,7 +107,9 @@ class PretrainConfig(Strict):
     @model_validator(mode="after")
     def _consistent(self) -> PretrainConfig:
         if self.warmup_epochs >= self.epochs > 1:
-            raise ValueError("warmup_epochs must be below epochs")
+            raise ValueError(
+                f"warmup_epochs must be below epochs, and is {self.warmup_epochs} of {self.epochs}: set it lower too"
+            )
         return self
 
     @property

@@ -73,7 +73,9 @@ class FinetuneConfig(Strict):
         if self.val_milli + self.test_milli >= 1000:
             raise ValueError("val_milli + test_milli must leave something to train on (below 1000)")
         if self.warmup_epochs >= self.epochs > 1:
-            raise ValueError("warmup_epochs must be below epochs")
+            raise ValueError(
+                f"warmup_epochs must be below epochs, and is {self.warmup_epochs} of {self.epochs}: set it lower too"
+            )
         if self.classes is not None and (len(set(self.classes)) != len(self.classes) or len(self.classes) < 2):
             raise ValueError("classes must be at least two different names")
         return self

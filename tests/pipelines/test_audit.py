@@ -202,6 +202,17 @@ def test_outputs_that_do_not_say_what_they_must(artifact: str, chain: Chain) -> 
     assert CARD in worst(result)[0][2]
 
 
+def test_an_artifact_in_a_folder_called_run_is_audited(chain: Chain, tmp_path: Path) -> None:
+    for name in ("run", "deep/run/more"):
+        store = Path(shutil.copytree(chain.out / "regions", tmp_path / name / "regions"))
+        assert {row.artifact for row in audit(tmp_path).rows} >= {f"{name}/regions"}
+        (store / "resolved.yaml").write_text("x")
+        assert audit(tmp_path).exit_code == 4
+        shutil.rmtree(tmp_path / name)
+    shutil.copytree(chain.out / "encoder", chain.out / "regions/run/state/kept")  # what a run keeps is not audited
+    assert not [row for row in audit(chain.out).rows if "kept" in row.artifact]
+
+
 def test_masks_are_drawn_from_the_store_beside_an_encoder(chain: Chain) -> None:
     result = audit(chain.out / "encoder", level="masks")
     assert result.exit_code == 0

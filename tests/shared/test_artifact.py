@@ -9,7 +9,7 @@ import rfc8785
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shared.artifact import CARD, Input, open_artifact, publish, read_card, spec_digest, verify
+from shared.artifact import CARD, Input, open_artifact, publish, published_files, read_card, spec_digest, verify
 from shared.errors import CorruptError, IncompatibleError, InputMissingError, LockedError, UsageError
 from shared.lease import Lease
 
@@ -30,6 +30,12 @@ def reseal(folder: Path, change: Callable[[dict], object]) -> None:
     del body["card_sha256"]
     body["card_sha256"] = hashlib.sha256(rfc8785.dumps(body)).hexdigest()
     (folder / CARD).write_bytes(rfc8785.dumps(body))
+
+
+def test_only_the_lease_itself_is_no_part_of_an_artifact(tmp_path: Path) -> None:
+    (tmp_path / "lease.json").mkdir()
+    (tmp_path / "lease.json/more").write_text("x")
+    assert list(published_files(tmp_path, "encoder")) == ["lease.json/more"]
 
 
 def test_published_and_read_back(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from shared.errors import LockedError
 from shared.lease import LEASE, Lease, lease_holder
+from shared.workspace import begin
 
 HOLD = """
 import sys, time
@@ -60,6 +61,35 @@ def test_a_killed_writers_lease_is_taken_over_at_once(tmp_path: Path) -> None:
     other.communicate()
     with Lease(tmp_path):
         assert lease_holder(tmp_path) == os.getpid()
+
+
+def test_no_moment_of_a_kill_locks_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Killed(BaseException):
+        pass
+
+    def die(*paths: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr("shared.lease.os.link", die)
+        patched.setattr(Path, "unlink", lambda path, missing_ok=False: None)  # nor does anything else run
+        with pytest.raises(Killed), Lease(tmp_path):
+            pass
+    assert [path.suffix for path in tmp_path.iterdir()] == [".tmp"]
+    with Lease(tmp_path):
+        assert begin(tmp_path, kind="encoder", inputs=[], spec={}, resolved="")[0] == "new"
+
+
+def test_a_file_system_without_links_has_leases_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*paths: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr("shared.lease.os.link", refuse)
+    with Lease(tmp_path):
+        assert lease_holder(tmp_path) == os.getpid()
+        with pytest.raises(LockedError), Lease(tmp_path):
+            pass
+    assert not list(tmp_path.iterdir())
 
 
 def test_of_many_that_find_a_dead_lease_one_wins(tmp_path: Path) -> None:
