@@ -172,6 +172,8 @@ def finalise(folder: Path, *, progress: Callable[[int, int], None] | None = None
         raise UsageError(f"{folder}: {len(pending)} of {layout.shards} shards are not assembled, e.g. {pending[0]}")
     with full_disk_is_named(folder, layout.samples * 1024):
         outputs = _write_tables(folder, layout, _digested(folder, layout, progress or (lambda done, total: None)))
+        for leftover in (folder / ARRAYS).rglob("*.partial"):  # a kill in zarr's own writing, done anew since
+            leftover.unlink()
         (folder / "run").mkdir(exist_ok=True)
         body = {"layout": json.loads(layout.to_json()), "outputs": outputs}
         write_atomic(folder / FINISHED, rfc8785.dumps(body))

@@ -70,6 +70,16 @@ def test_the_id_is_of_the_content_not_of_the_order_of_work(tmp_path: Path) -> No
     assert write(tmp_path / "c", other).artifact_id != read_card(tmp_path / "a").artifact_id
 
 
+def test_what_a_kill_leaves_of_a_file_of_zarr_is_cleared_away(tmp_path: Path) -> None:
+    begin(tmp_path, CONTENT)
+    for place in ("zarr", "maps/zarr", "maps_quarter/zarr"):  # as zarr itself names what it has not finished
+        (tmp_path / f"regions.zarr/{place}.33d7d8d29cd4411a9ea7434529defa95.partial").write_text("{")
+    card = write(tmp_path, CONTENT)
+    assert verify_store(tmp_path, card) == []
+    assert verify(tmp_path, card) == []
+    assert not list(tmp_path.rglob("*.partial"))
+
+
 def test_assembling_needs_every_row_and_happens_once(tmp_path: Path) -> None:
     begin(tmp_path, CONTENT)
     with ShardJournal(tmp_path, 1) as journal:
