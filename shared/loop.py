@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any, Literal, Protocol
 
 import torch
@@ -20,11 +22,11 @@ from torch import Tensor, nn
 from shared import ranks
 from shared.artifact import refuse_without_room
 from shared.checkpoint import latest_state, save_state
-from shared.errors import CorruptError, InterruptedRun, UsageError
+from shared.errors import CorruptError, InterruptedRun, MwmError, UsageError
 from shared.heap import keep_freed_memory
 from shared.loader import loader_deaths
 from shared.rng import seed_key
-from shared.runlog import RunLog
+from shared.runlog import RunLog, read_metrics
 from shared.signals import Signals
 
 VERSION = 1
@@ -35,6 +37,23 @@ class NonFiniteError(UsageError, ArithmeticError):
     """The loss or a gradient became NaN or infinite (exit 2)."""
 
     kind = "non-finite"
+
+
+class ExplodedError(UsageError, ArithmeticError):
+    """The loss jumped to many times what it was (exit 2)."""
+
+    kind = "exploded"
+
+
+class MemoryFullError(MwmError, MemoryError):
+    """A step does not fit into memory (exit 2)."""
+
+    kind = "out-of-memory"
+    exit_code = 2
+
+
+_RECENT, _ENOUGH = 64, 16
+"""Losses whose median a jump is measured by, and how many there must be."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +70,8 @@ class Plan:
         optimizer: AdamW, or LAMB (timm's).
         betas: Decay rates of the optimiser's moments.
         clip_norm: Largest norm of all gradients together, or None.
-        ema: Decay of the moving average of the weights a step, or None for no average.
+        ema: Decay a step of the moving average of the weights, for a `fit` that is given one.
+        max_jump: A loss above this many times the median of the last 64 ends the fit, or None for any.
         seed: Seeds torch's own draws (dropout, drop path) of every step.
         checkpoint_s: Seconds between states.
         checkpoint_steps: Steps between states, or None for by time alone.
@@ -67,7 +87,8 @@ class Plan:
     optimizer: Literal["adamw", "lamb"] = "adamw"
     betas: tuple[float, float] = (0.9, 0.95)
     clip_norm: float | None = 5.0
-    ema: float | None = None
+    ema: float = 0.999
+    max_jump: float | None = None
     seed: int = 0
     checkpoint_s: float = 60.0
     checkpoint_steps: int | None = None
@@ -93,7 +114,6 @@ class Fitted:
     Attributes:
         steps: Steps of the whole run.
         resumed_from: Step that this process began at.
-        ema: Averaged state dict, or None without `Plan.ema`.
         wait_s: Seconds this process waited for data.
         busy_s: Seconds it computed.
         samples: Samples it saw, in all processes.
@@ -102,22 +122,25 @@ class Fitted:
 
     steps: int
     resumed_from: int
-    ema: dict[str, Tensor] | None
     wait_s: float
     busy_s: float
     samples: int
     processes: list[tuple[int, int]]
 
 
+Scalars = dict[str, Tensor] | Iterator[dict[str, Tensor]]
+
+
 def fit(
     module: nn.Module,
     batches: Callable[[int], Iterable[tuple[Any, Sequence[str]]]],
-    step: Callable[[Any, int], dict[str, Tensor]],
+    step: Callable[[Any, int], Scalars],
     plan: Plan,
     *,
     state: Path,
     log: RunLog,
     unit: str = "step",
+    ema: dict[str, Tensor] | None = None,
     extra: Stateful | None = None,
     after_step: Callable[[int, dict[str, float]], None] | None = None,
     lr_scale: Callable[[str], float] | None = None,
@@ -131,10 +154,14 @@ def fit(
             step to come. Of several processes (`shared.ranks`): this one's share, and the ids of the whole.
         step: ``step(batch, index)`` returns scalars with ``"loss"``, the one that is minimised; index from 0.
             Of several processes: its part of each, so that their sum is the scalar of the whole batch.
+            A batch that is too large for memory may be done in parts: an iterator of such scalars, whose sums
+            are those of the batch; each part is differentiated before the next is asked for.
         plan: How to optimise.
         state: Folder of the states; `shared.checkpoint`.
         log: Gets progress, and a metrics line a step: scalars, ``lr``, ``grad_norm``.
         unit: What a step is called in the progress line.
+        ema: State dict of an equal module, which becomes the moving average of this one's: after every step its
+            values are moved in place, so that a module that holds them is the average. Saved and restored.
         extra: Saved and restored with the weights.
         after_step: Called with the number of steps done and the step's scalars, before a state is saved:
             what it changes in ``extra`` is in that state.
@@ -142,17 +169,18 @@ def fit(
         where: Marks the metrics lines of this fit where a run has several, e.g. ``{"fold": 2}``.
 
     Returns:
-        Averages and timings. Done steps are not repeated: a finished fit returns at once.
+        Timings. Done steps are not repeated: a finished fit returns at once.
 
     Raises:
         InterruptedRun: SIGTERM or SIGINT came; the state is saved. Or a loader process was killed; the last one stays.
         NonFiniteError: Loss or gradient not finite; names the samples. The states before it stay.
+        ExplodedError: The loss jumped, see `Plan.max_jump`; the same.
+        MemoryFullError: A step does not fit into memory; the same.
         CorruptError: The states are broken, or of another module.
     """
     keep_freed_memory()
     optimizer = _optimizer(module, plan, lr_scale)
     writer = ranks.rank() == 0
-    ema = {name: value.detach().clone() for name, value in module.state_dict().items()} if plan.ema else None
     tags = dict(where or {})
     found = latest_state(state, log.warn)
     begun, processes = 0, [(0, ranks.size())]
@@ -167,11 +195,12 @@ def fit(
     if len(begins := set(ranks.gather(begun))) > 1:
         raise UsageError(f"the processes found states of {unit}s {sorted(begins)}: --out must be one shared folder")
     log.rewind(begun, **tags)
-    fitted = Fitted(plan.steps, begun, ema, 0.0, 0.0, 0, processes)
+    fitted = Fitted(plan.steps, begun, 0.0, 0.0, 0, processes)
     if begun >= plan.steps:
         return fitted
     if writer:
         _refuse_without_room(module, ema, state, plan.keep)
+    recent = deque(_losses(log, tags, begun), _RECENT)
     saved_at = time.monotonic()
     source = iter(batches(begun))
     with Signals() as signals, torch.random.fork_rng(devices=[]), _closing(source), loader_deaths():
@@ -180,9 +209,9 @@ def fit(
             batch, sample_ids = next(source)
             started = time.perf_counter()
             torch.manual_seed((seed_key("torch", plan.seed) + index) % 2**63)
-            scalars = _advance(module, optimizer, step, batch, sample_ids, plan, index)
+            scalars = _advance(module, optimizer, step, batch, sample_ids, plan, index, recent)
             if ema is not None:
-                _average(ema, module, plan.ema or 0.0)
+                _average(ema, module, plan.ema)
             ended = time.perf_counter()
             fitted.wait_s += started - waited
             fitted.busy_s += ended - started
@@ -223,7 +252,7 @@ def _refuse_without_room(module: nn.Module, ema: Mapping[str, Tensor] | None, st
 def rehearse(
     module: nn.Module,
     batches: Iterable[tuple[Any, Sequence[str]]],
-    step: Callable[[Any, int], dict[str, Tensor]],
+    step: Callable[[Any, int], Scalars],
     plan: Plan,
     count: int,
 ) -> list[float]:
@@ -244,7 +273,7 @@ def rehearse(
             started = time.perf_counter()
             batch, sample_ids = next(source)
             torch.manual_seed((seed_key("torch", plan.seed) + index) % 2**63)
-            _advance(module, optimizer, step, batch, sample_ids, plan, index)
+            _advance(module, optimizer, step, batch, sample_ids, plan, index, deque())
             seconds.append(time.perf_counter() - started)
     return seconds
 
@@ -310,21 +339,28 @@ def _undecayed(parameter: Tensor) -> bool:
 def _advance(
     module: nn.Module,
     optimizer: torch.optim.Optimizer,
-    step: Callable[[Any, int], dict[str, Tensor]],
+    step: Callable[[Any, int], Scalars],
     batch: Any,
     sample_ids: Sequence[str],
     plan: Plan,
     index: int,
+    recent: deque[float],
 ) -> dict[str, float]:
     rate = learning_rate(plan, index)
     for group in optimizer.param_groups:
         group["lr"] = rate * group["scale"]
         group["weight_decay"] = weight_decay(plan, index) if group["decays"] else 0.0
     optimizer.zero_grad(set_to_none=True)
-    outputs = step(batch, index)
-    scalars = ranks.totals({name: float(value.detach()) for name, value in outputs.items()})
+    own: dict[str, float] = {}
+    with _memory(index, sample_ids):
+        made = step(batch, index)
+        for part in [made] if isinstance(made, dict) else made:
+            for name, value in part.items():
+                own[name] = own.get(name, 0.0) + float(value.detach())
+            part["loss"].backward()
+    scalars = ranks.totals(own)
     _check_finite("loss", scalars["loss"], index, sample_ids)
-    outputs["loss"].backward()
+    _check_jump(scalars["loss"], recent, plan.max_jump, index, sample_ids)
     ranks.add_gradients(module.parameters())
     norm = nn.utils.clip_grad_norm_(module.parameters(), plan.clip_norm or math.inf)
     scalars["grad_norm"] = float(norm)
@@ -334,13 +370,57 @@ def _advance(
 
 
 def _check_finite(what: str, value: float, index: int, sample_ids: Sequence[str]) -> None:
-    if math.isfinite(value):
-        return
-    shown = ", ".join(sample_ids[:8]) + (f" and {len(sample_ids) - 8} more" if len(sample_ids) > 8 else "")
-    raise NonFiniteError(
-        f"{what} is {value} at step {index + 1}, expected a finite number; samples: {shown}",
-        hint="lower lr, or look at these samples; the state before this step is kept",
-    )
+    if not math.isfinite(value):
+        raise NonFiniteError(
+            f"{what} is {value} at step {index + 1}, expected a finite number; samples: {_shown(sample_ids)}",
+            hint="lower lr, or look at these samples; the state before this step is kept",
+        )
+
+
+def _check_jump(
+    value: float, recent: deque[float], max_jump: float | None, index: int, sample_ids: Sequence[str]
+) -> None:
+    """Compare with the median of the last losses, and make it one of them."""
+    usual = median(recent) if len(recent) >= _ENOUGH else math.inf
+    if max_jump is not None and value > max_jump * usual:
+        raise ExplodedError(
+            f"loss is {value:.4g} at step {index + 1}, {value / usual:.0f} times the median of the {len(recent)} "
+            f"before ({usual:.4g}), expected at most {max_jump:g} times; samples: {_shown(sample_ids)}",
+            hint="lower lr or warm up longer, or look at these samples; the state before this step is kept",
+        )
+    recent.append(value)
+
+
+def _losses(log: RunLog, tags: Mapping[str, Any], begun: int) -> list[float]:
+    """Of the steps that a resumed fit has done."""
+    return [
+        row["loss"]
+        for row in read_metrics(log.out)
+        if row["step"] <= begun and row.get("loss") is not None and all(row.get(k) == tags[k] for k in tags)
+    ]
+
+
+def _shown(sample_ids: Sequence[str]) -> str:
+    return ", ".join(sample_ids[:8]) + (f" and {len(sample_ids) - 8} more" if len(sample_ids) > 8 else "")
+
+
+@contextmanager
+def _memory(index: int, sample_ids: Sequence[str]) -> Iterator[None]:
+    """What torch says where memory ends, in our words."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        # A GPU's has a class; the CPU allocator's is a RuntimeError that is known by its words alone.
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        raise MemoryFullError(
+            f"out of memory in step {index + 1} of {len(sample_ids)} images: {_first_line(error)}",
+            hint="the batch must be smaller: lower batch_size; the images' side (size_px) counts squared",
+        ) from None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:160]
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """The loop: schedule, decay, EMA, errors, and resuming to the bit after any interruption."""
 
+import copy
 import io
 import os
 import signal
@@ -14,7 +15,7 @@ from torch import nn
 from shared import loop
 from shared.checkpoint import latest_state
 from shared.errors import CorruptError, InterruptedRun, UsageError
-from shared.loop import NonFiniteError, Plan, fit, learning_rate
+from shared.loop import ExplodedError, MemoryFullError, NonFiniteError, Plan, fit, learning_rate
 from shared.order import schedule
 from shared.rng import seed_key
 from shared.runlog import RunLog, read_metrics
@@ -52,7 +53,7 @@ def data(begun: int):
         yield images[rows], [NAMES[row] for row in rows]
 
 
-def run(folder: Path, plan: Plan = PLAN, on_step=None, extra=None, net=None, batches=data, **options):
+def run(folder: Path, plan: Plan = PLAN, on_step=None, extra=None, net=None, batches=data, on_batch=None, **options):
     torch.set_num_threads(1)  # bits depend on it, and other tests of this process set it
     net = net or module()
     extra = extra or Tally()
@@ -66,15 +67,25 @@ def run(folder: Path, plan: Plan = PLAN, on_step=None, extra=None, net=None, bat
         if on_step:
             on_step(done)
 
+    extra.ema = copy.deepcopy(net).state_dict()
     with RunLog(folder, stream=io.StringIO()) as log:
         fitted = fit(
-            net, batches, step, plan, state=folder / "run/state", log=log, extra=extra, after_step=after, **options
+            net,
+            batches,
+            on_batch or step,
+            plan,
+            state=folder / "run/state",
+            log=log,
+            ema=extra.ema,
+            extra=extra,
+            after_step=after,
+            **options,
         )
     return net, fitted, extra
 
 
 def bits(net, fitted, extra):
-    tensors = {**net.state_dict(), **{f"ema/{k}": v for k, v in fitted.ema.items()}, "total": extra.total}
+    tensors = {**net.state_dict(), **{f"ema/{k}": v for k, v in extra.ema.items()}, "total": extra.total}
     return {name: value.numpy().tobytes() for name, value in tensors.items()}, extra.steps
 
 
@@ -201,6 +212,70 @@ def test_a_non_finite_step_names_its_samples_and_keeps_the_state(tmp_path, poiso
     assert latest_state(tmp_path / "run/state")[0] == 4
 
 
+def test_a_step_in_parts_is_the_step(tmp_path):
+    def net():
+        return nn.Sequential(nn.Flatten(), nn.Linear(36, 5), nn.ReLU(), nn.Linear(5, 2))
+
+    whole, parted = net(), net()
+    parted.load_state_dict(whole.state_dict())
+    plan = Plan(steps=6, lr=0.01, clip_norm=0.1)
+    held = []
+
+    def parts(batch, index):
+        for part in batch.split(1):
+            assert parted[1].weight.grad is None or not held  # the part before has been differentiated
+            output = parted(part).square().sum() / batch.numel()
+            held.append(output)
+            yield {"loss": output, "count": torch.tensor(float(len(part)))}
+            held.clear()
+
+    run(
+        tmp_path / "a", plan, net=whole, on_batch=lambda batch, _: {"loss": whole(batch).square().sum() / batch.numel()}
+    )
+    run(tmp_path / "b", plan, net=parted, on_batch=parts)
+    torch.testing.assert_close(parted.state_dict(), whole.state_dict(), rtol=1e-5, atol=1e-6)
+    for one, other in zip(read_metrics(tmp_path / "a"), read_metrics(tmp_path / "b"), strict=True):
+        assert (one["loss"], one["grad_norm"]) == pytest.approx((other["loss"], other["grad_norm"]), rel=1e-5)
+        assert other["count"] in (3, 4)
+
+
+@pytest.mark.parametrize("at", [None, 18])
+def test_a_loss_that_jumps_ends_the_fit_also_after_a_pause(tmp_path, at):
+    plan = Plan(steps=40, lr=1e-4, max_jump=5, checkpoint_steps=4, checkpoint_s=1e9)
+    net = module()
+
+    def step(batch, index):
+        return {"loss": net(batch).square().mean() * 0 + (1.0 if index != 20 else 5.5)}
+
+    if at is not None:
+        with pytest.raises(InterruptedRun):
+            run(tmp_path, plan, net=net, on_batch=step, on_step=send(signal.SIGTERM, at))
+    message = "loss is 5.5 at step 21, 6 times the median of the 20 before .1., expected at most 5 times; samples: s"
+    with pytest.raises(ExplodedError, match=message) as caught:
+        run(tmp_path, plan, net=net, on_batch=step)
+    assert caught.value.exit_code == 2
+    assert latest_state(tmp_path / "run/state")[0] == 20
+    quiet = Plan(steps=40, lr=1e-4, max_jump=None)
+    assert run(tmp_path / "quiet", quiet, net=net, on_batch=step)[1].samples > 0
+
+
+@pytest.mark.parametrize("size", [1 << 50, None])
+def test_a_step_that_does_not_fit_into_memory_says_what_to_lower(tmp_path, size):
+    def step(batch, index):
+        if index == 2 and size:
+            torch.empty(size, dtype=torch.uint8)  # what the CPU allocator says, for real
+        elif index == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return {"loss": net(batch).square().mean()}
+
+    net = module()
+    with pytest.raises(MemoryFullError, match=r"out of memory in step 3 of 3 images: .*allocate") as caught:
+        run(tmp_path, net=net, on_batch=step)
+    assert (caught.value.kind, caught.value.exit_code) == ("out-of-memory", 2)
+    assert "batch_size" in caught.value.hint
+    assert latest_state(tmp_path / "run/state")[0] == 2
+
+
 def test_states_of_another_module_are_refused(tmp_path):
     run(tmp_path)
     with pytest.raises(CorruptError, match="another module"):
@@ -242,11 +317,11 @@ def test_lr_scale_freezes_and_slows(tmp_path):
 def test_ema_follows_its_definition(tmp_path):
     seen = [module().state_dict()["5.weight"].clone()]
     net = module()
-    _, fitted, _ = run(tmp_path, net=net, on_step=lambda done: seen.append(net.state_dict()["5.weight"].clone()))
+    _, _, extra = run(tmp_path, net=net, on_step=lambda done: seen.append(net.state_dict()["5.weight"].clone()))
     average = seen[0]
     for value in seen[1:]:
         average = 0.9 * average + 0.1 * value
-    torch.testing.assert_close(fitted.ema["5.weight"], average)
+    torch.testing.assert_close(extra.ema["5.weight"], average)
 
 
 def test_clipping_limits_the_step_and_records_the_norm_before(tmp_path):
