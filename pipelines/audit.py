@@ -311,6 +311,11 @@ def _masks(folder: Path, card: Card, name: str, stores: dict[str, Path]) -> Row:
     if found.mismatches:
         return Row(name, "encoder", "masks", found.checked, "drift", "; ".join(found.mismatches[:5]))
     detail = f"{found.draws} draws in {found.epochs} epochs agree with the recorded sums"
+    if found.unrecomputable:
+        detail = (
+            f"{found.draws} draws agree with the recorded scores of a network; of {found.unrecomputable} others no "
+            "scores were kept, and they cannot be drawn again"
+        )
     return Row(name, "encoder", "masks", found.checked, "identical", detail)
 
 

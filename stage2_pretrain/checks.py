@@ -55,16 +55,23 @@ def check_strided(model: nn.Module) -> None:
                 )
 
 
-def check_ranks(model: nn.Module, *, smallest_batch: int) -> None:
-    """Refuse several processes where they could not give what one gives.
+def check_ranks(model: nn.Module, *, smallest_batch: int, accumulate: int = 1) -> None:
+    """Refuse more parts than a step has images, and several processes where they could not give what one gives.
 
     Args:
         model: The encoder.
         smallest_batch: Images of the smallest step.
+        accumulate: Parts in which each process computes its share.
 
     Raises:
-        ConfigError: A step with fewer images than processes, or draws by place in the batch (dropout, drop path).
+        ConfigError: A step with fewer images than that, or draws by place in the batch (dropout, drop path).
     """
+    if accumulate > max(1, smallest_batch // ranks.size()):
+        raise ConfigError(
+            f"accumulate: {accumulate} parts of a step, and its smallest share is {smallest_batch // ranks.size()} "
+            "images: expected at least one a part",
+            hint="lower accumulate, or raise batch_size",
+        )
     if ranks.size() == 1:
         return
     if smallest_batch < ranks.size():

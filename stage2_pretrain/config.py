@@ -44,6 +44,12 @@ class PretrainConfig(Strict):
     std: float = Field(0.25, gt=0, le=1, description="Then divided by.")
     epochs: int = Field(300, ge=1, lt=1 << 24, description="Passes over the samples.")
     batch_size: int = Field(64, ge=2, description="Images a step, at most; an epoch is cut into equal batches.")
+    accumulate: int = Field(
+        1,
+        ge=1,
+        description="Parts in which a step computes its batch, one after another: less memory for the same gradient, "
+        "but for batch norms, whose statistics are those of a part.",
+    )
     optimizer: Literal["adamw", "lamb"] = Field(
         "adamw", description="adamw, or lamb: for large batches, as in SparK's and MASS's papers."
     )
@@ -58,10 +64,16 @@ class PretrainConfig(Strict):
         None,
         gt=0,
         lt=1,
-        description="Decay a step of a moving average of the weights, which is then what is published.",
+        description="Decay a step of a moving average of the weights, which is then what is published, and the teacher "
+        "of policies that follow one (0.999 there if not given).",
     )
     clip_norm: float = Field(5.0, gt=0, description="Gradient norm above which gradients are scaled down.")
     seed: int = Field(0, ge=0, lt=1 << 64, description="Seed of masks, windows, order and initial weights.")
+    precision: Literal["float32", "bf16"] = Field(
+        "float32",
+        description="bf16: convolutions and products in bfloat16, weights and loss in float32 (autocast). Fast on "
+        "GPUs, and on CPUs with AVX512-BF16 or AMX; slower on others.",
+    )
     impl: str = Field(
         "auto", description="Backend of the mask sampler: auto, cpu or reference; all give the same bits. auto: cpu."
     )
@@ -74,6 +86,9 @@ class PretrainConfig(Strict):
         "Results do not depend on them.",
         ge=0,
         le=256,
+    )
+    max_loss_jump: float = runtime(
+        20.0, "A loss above this many times the median of the last 64 steps ends the run; its states stay.", gt=1
     )
     save_every_s: float = runtime(60.0, "Seconds between resumable states.", gt=0)
     save_every_steps: int | None = runtime(None, "Also save a state every so many steps.", ge=1)

@@ -15,6 +15,7 @@ from torch import Tensor
 from shared.artifact import write_atomic
 from shared.figures import REGION_COLOURS, paint
 from shared.report import Example
+from stage2_pretrain.guide import Guide
 from stage2_pretrain.masking.coverage import COVERAGE_MAX, cell_edges, orient
 from stage2_pretrain.steps import Step, Steps
 
@@ -25,6 +26,7 @@ _STRIP, _STRIP_PX = 3, 224
 def draw_examples(
     steps: Steps,
     method: Any,
+    guide: Guide | None,
     names: Sequence[str],
     *,
     epoch: int,
@@ -36,6 +38,7 @@ def draw_examples(
     Args:
         steps: Of the run.
         method: Trained.
+        guide: Whom the policy follows, if it does.
         names: Sample ids; none gives an empty list.
         epoch: Whose windows and masks.
         normalise: Pixels in [0, 1] to what the method takes.
@@ -44,9 +47,12 @@ def draw_examples(
     if not names:
         return []
     place = {name: index for index, name in enumerate(steps.dataset.sample_ids)}
-    batch = steps.dataset.batch([place[name] for name in names], epoch)
-    hidden = steps.sampler.draw(batch, epoch).hidden.reshape(-1, *steps.sampler.grid)
-    image = normalise(batch["image"])
+    indices = [place[name] for name in names]
+    batch = steps.dataset.batch(indices, epoch)
+    step, image = steps.of(batch, indices, epoch), normalise(batch["image"])
+    if guide is not None:
+        step = steps.follow_teacher(step, guide, image)
+    hidden = step.masks.hidden.reshape(-1, *steps.sampler.grid)
     drawn = restore(method.reconstruct(image, torch.from_numpy(~hidden).to(image.device))).clamp(0, 1).cpu()
     regions = steps.dataset.store.regions
     return [
@@ -78,8 +84,8 @@ def draw_strip(
         normalise: Pixels in [0, 1] to what the method takes.
         restore: The reverse.
     """
-    image, hidden = batch.image[:_STRIP], batch.drawn.hidden[:_STRIP].reshape(-1, *grid)
-    coverage = batch.drawn.coverage[:_STRIP].reshape(-1, *grid).astype(np.float32) / np.float32(COVERAGE_MAX)
+    image, hidden = batch.image[:_STRIP], batch.masks.hidden[:_STRIP].reshape(-1, *grid)
+    coverage = batch.coverage[:_STRIP].reshape(-1, *grid).astype(np.float32) / np.float32(COVERAGE_MAX)
     taken = normalise(image)
     drawn = restore(method.reconstruct(taken, torch.from_numpy(~hidden).to(taken.device))).clamp(0, 1).cpu()
     rows = [

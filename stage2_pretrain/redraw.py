@@ -14,6 +14,7 @@ from jaxtyping import Bool, Int32, UInt8
 
 from shared.errors import IncompatibleError, UsageError
 from shared.rng import sample_keys
+from stage2_pretrain.masking.plan import guide_of
 from stage2_pretrain.masking.sampler import Drawn
 from stage2_pretrain.masking.spec import MaskSpec, mask_spec_of_card
 from stage2_pretrain.samples import image_sizes_px, usable_samples
@@ -98,13 +99,21 @@ def redraw_one(
     window = draw_windows(image_sizes_px([sample]), key, seed=spec.seed, epoch=epoch, options=spec.window)
     whose = usable_samples(store)[spec.maps_of()[place]]
     maps = store.maps([whose.row])
-    drawn = spec.sampler(store.regions).draw_arrays(maps, window, key, epoch, view)
+    sampler = spec.sampler(store.regions)
     tensors, described = read_witnesses(folder)
     known: Sequence[str] = described["witnesses"]
-    recorded = None
+    recorded = levels = None
     if sample_id in known:
         where = epoch, view, known.index(sample_id)
         recorded = tensors["bits"][where]
+        levels = tensors["levels"][where][None] if "levels" in tensors else None
+    if guide_of(spec.policy_at(epoch)) and levels is None:
+        raise UsageError(
+            f"sample {sample_id!r}: policy {spec.policy.name} follows a network, whose scores were recorded for "
+            f"{len(known)} witnesses only, and it is none of them",
+            hint=near(sample_id, known),
+        )
+    drawn = sampler.draw_covered(sampler.cover(maps, window), key, epoch, view, levels)
     return OneMask(
         spec,
         window[0],

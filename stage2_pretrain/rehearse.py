@@ -83,9 +83,10 @@ def rehearse(
         batch = -(-samples // per_epoch)
         latest: list[Step] = []
 
-        def step(made: Step, index: int) -> dict[str, Tensor]:
-            latest[:] = [made]
-            return run.loss(made)[0]
+        def step(made: Step, index: int) -> Iterator[dict[str, Tensor]]:
+            parts, _, masked = run.step(made)
+            latest[:] = [masked]
+            return parts
 
         seconds = rehearse_steps(
             run.ready(),

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import tee
 from typing import Any
 
+import numpy as np
+from jaxtyping import UInt8, UInt64
 from torch import Tensor
 
 from shared import ranks
+from shared.errors import MwmError
 from shared.loader import load_ahead
 from shared.order import schedule
 from stage2_pretrain.data import RegionDataset
+from stage2_pretrain.guide import Guide
 from stage2_pretrain.masking.coverage import COVERAGE_MAX
+from stage2_pretrain.masking.plan import guide_of
 from stage2_pretrain.masking.sampler import Drawn, MaskSampler
 from stage2_pretrain.witness import WitnessRecorder
 
@@ -29,15 +34,28 @@ class Step:
 
     Attributes:
         image: [B, C, S, S] in [0, 1], on the CPU.
-        drawn: Its masks.
+        coverage: Mean coverage of each patch, 0 .. 254.
+        sample_keys: Names of the samples for a draw.
         epoch: From 0.
         sample_ids: One a row.
+        drawn: Its masks; None until a teacher has been asked, for a policy that follows one.
+        levels: What that policy made of the teacher's answer.
     """
 
     image: Tensor
-    drawn: Drawn
+    coverage: UInt8[np.ndarray, "B L"]
+    sample_keys: UInt64[np.ndarray, "B"]
     epoch: int
     sample_ids: tuple[str, ...]
+    drawn: Drawn | None = None
+    levels: UInt8[np.ndarray, "B L"] | None = None
+
+    @property
+    def masks(self) -> Drawn:
+        """Its masks, which have been drawn."""
+        if self.drawn is None:
+            raise MwmError("a step whose masks have not been drawn: a bug")
+        return self.drawn
 
 
 class Steps:
@@ -63,9 +81,24 @@ class Steps:
     def make(self, task: tuple[int, Sequence[int]]) -> Step:
         """Load and mask some samples, given as ``(epoch, indices)``, as they are in that epoch."""
         epoch, indices = task
-        batch = self.dataset.batch(indices, epoch)
+        return self.of(self.dataset.batch(indices, epoch), indices, epoch)
+
+    def of(self, batch: Mapping[str, Any], indices: Sequence[int], epoch: int) -> Step:
+        """Mask a batch of the data set, unless its policy follows a teacher: that is for `follow_teacher`."""
+        coverage = self.sampler.cover(np.asarray(batch["maps"]), np.asarray(batch["window"]))
+        keys = np.asarray(batch["sample_key"]).view(np.uint64)
         names = tuple(self.dataset.sample_ids[index] for index in indices)
-        return Step(batch["image"], self.sampler.draw(batch, epoch), epoch, names)
+        step = Step(batch["image"], coverage, keys, epoch, names)
+        if guide_of(self.sampler.policy_at(epoch)):
+            return step
+        return replace(step, drawn=self.sampler.draw_covered(coverage, keys, epoch))
+
+    def follow_teacher(self, step: Step, guide: Guide, image: Tensor) -> Step:
+        """Draw the masks of a step by a teacher's scores of its images, given as the method takes them."""
+        policy: Any = self.sampler.policy_at(step.epoch)
+        levels = policy.levels(guide.score(image, step.sample_keys, step.epoch), step.coverage)
+        drawn = self.sampler.draw_covered(step.coverage, step.sample_keys, step.epoch, levels=levels)
+        return replace(step, drawn=drawn, levels=levels)
 
     def begin(self, begun: int) -> Iterator[tuple[Step, tuple[str, ...]]]:
         """Endless steps after the first ``begun``: this process's share of each, and the sample ids of the whole."""
@@ -96,12 +129,12 @@ class Tally:
         """Count one step; of several processes, each counts what all of them were shown.
 
         Args:
-            step: What was made.
+            step: With its masks.
             visible: bool [B, gh, gw]: the very tensor that the encoder got.
         """
-        own = step.sample_ids, ~visible.flatten(1).cpu().numpy(), step.drawn
-        for sample_ids, hidden, drawn in ranks.gather(own):
-            self.recorder.record(sample_ids, step.epoch, 0, hidden)
+        own = step.sample_ids, ~visible.flatten(1).cpu().numpy(), step.masks, step.levels
+        for sample_ids, hidden, drawn, levels in ranks.gather(own):
+            self.recorder.record(sample_ids, step.epoch, 0, hidden, levels)
             inside = drawn.coverage >= INSIDE
             for name, flags in {
                 "inside": inside,

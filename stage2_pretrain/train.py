@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from copy import deepcopy
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from shared import ranks
@@ -31,13 +34,16 @@ from shared.workspace import begin, set_aside
 from stage2_pretrain.checks import check_grid, check_ranks, check_strided
 from stage2_pretrain.config import PretrainConfig
 from stage2_pretrain.data import RegionDataset
-from stage2_pretrain.masking.plan import build_policy, maps_of
+from stage2_pretrain.guide import Guide
+from stage2_pretrain.masking.plan import build_policy, guide_of, maps_of
 from stage2_pretrain.masking.spec import MaskSpec, mask_section, mask_spec
 from stage2_pretrain.methods import METHODS
 from stage2_pretrain.pictures import draw_examples, draw_strip, write_examples
 from stage2_pretrain.steps import Step, Steps, Tally
 from stage2_pretrain.witness import WitnessRecorder
 
+TEACHER_DECAY = 0.999
+"""Of the weights a policy's teacher averages, a step; AnatoMask begins with it."""
 FEW_PATCHES = 16
 """A grid of fewer can't tell a region."""
 
@@ -107,6 +113,8 @@ def resolve(config: PretrainConfig) -> PretrainConfig:
     update: dict[str, Any] = {"method": {"name": config.method["name"], **options.model_dump(mode="json")}}
     if config.impl == "auto":
         update["impl"] = "cpu"
+    if config.ema is None and guide_of(build_policy(config.policy["name"], config.policy_options)):
+        update["ema"] = TEACHER_DECAY
     if config.device == "auto":
         update["device"] = "cuda" if torch.cuda.is_available() else "cpu"
     elif config.device == "cuda" and not torch.cuda.is_available():
@@ -141,11 +149,40 @@ class Run:
         """The reverse of `normalise`."""
         return image * self.config.std + self.config.mean
 
-    def loss(self, batch: Step) -> tuple[dict[str, Tensor], Tensor]:
-        """Scalars of a step with ``loss``, and bool [B, gh, gw]: what of each image the encoder got to see."""
-        visible = torch.from_numpy(~batch.drawn.hidden).view(-1, *self.masks.grid).to(self.config.device)
-        outputs: dict[str, Tensor] = self.method.loss(self.normalise(batch.image), visible)
-        return outputs, visible
+    def step(self, batch: Step) -> tuple[Iterator[dict[str, Tensor]], Tensor, Step]:
+        """Do a step.
+
+        Returns:
+            Scalars with ``loss`` of each part of the batch, made as they are asked for; bool [B, gh, gw]: what of
+            each image the encoder gets to see; the step with its masks.
+        """
+        image = self.normalise(batch.image)
+        if self.guide is not None:
+            with self.autocast():
+                batch = self.steps.follow_teacher(batch, self.guide, image)
+        visible = torch.from_numpy(~batch.masks.hidden).view(-1, *self.masks.grid).to(self.config.device)
+        return self._parts(image, visible), visible, batch
+
+    def _parts(self, image: Tensor, visible: Bool[Tensor, "B gh gw"]) -> Iterator[dict[str, Tensor]]:
+        """A part's loss is the mean over its hidden patches: each counts by its share of those of the whole batch."""
+        images, shown = image.tensor_split(self.config.accumulate), visible.tensor_split(self.config.accumulate)
+        hidden = [ranks.total(int((~part).sum())) for part in shown] if len(shown) > 1 else [1]
+        for part, seen, count in zip(images, shown, hidden, strict=True):
+            if count:
+                with self.autocast():
+                    outputs = self.method.loss(part, seen)
+                yield {name: value * (count / sum(hidden)) for name, value in outputs.items()}
+
+    def autocast(self) -> torch.autocast:
+        """Computes in the run's precision."""
+        device = torch.device(self.config.device).type
+        return torch.autocast(device, torch.bfloat16, enabled=self.config.precision == "bf16")
+
+    @cached_property
+    def guide(self) -> Guide | None:
+        """The average of the weights, where one is kept, and what a policy asks it for."""
+        asked = guide_of(self.masks.policy_at(0))
+        return Guide(self.method, asked, seed=self.config.seed) if asked else None
 
     def plan(self) -> Plan:
         """How to optimise."""
@@ -158,7 +195,8 @@ class Run:
             weight_decay=config.weight_decay,
             weight_decay_end=config.weight_decay_end,
             optimizer=config.optimizer,
-            ema=config.ema,
+            ema=config.ema or 0.0,
+            max_jump=config.max_loss_jump,
             clip_norm=config.clip_norm,
             seed=config.seed,
             checkpoint_s=config.save_every_s,
@@ -207,11 +245,19 @@ def prepare(config: PretrainConfig, store: RegionStore, images: Path, out: Path)
     check_grid(method.grid, store.grid, dataset.sizes_px, config.window)
     if config.device == "cpu":
         check_strided(backbone.model)
-    check_ranks(backbone.model, smallest_batch=len(dataset) // steps_per_epoch(len(dataset), config.batch_size))
+    check_ranks(
+        backbone.model,
+        smallest_batch=len(dataset) // steps_per_epoch(len(dataset), config.batch_size),
+        accumulate=config.accumulate,
+    )
     plain = config_spec(config)
-    numeric = {"device": config.device, "dtype": "float32", "threads": config.threads}
+    numeric = {"device": config.device, "dtype": config.precision, "threads": config.threads}
     spec = {
-        **{name: value for name, value in plain.items() if name not in ("device", "threads", "impl", *_IN_MASKS)},
+        **{
+            name: value
+            for name, value in plain.items()
+            if name not in ("device", "threads", "precision", "impl", *_IN_MASKS)
+        },
         "method": {**plain["method"], "version": part.version},
         "mask": mask_section(masks),
         "loop_version": LOOP_VERSION,
@@ -253,16 +299,23 @@ def _train(run: Run, log: RunLog) -> tuple[Tally, Fitted]:
     if dataset.extra:
         log.warn(f"{dataset.extra} images are not in the region store and are left out")
     tally = Tally(
-        WitnessRecorder(dataset.sample_ids, patches=run.masks.patches, epochs=run.masks.epochs, seed=config.seed)
+        WitnessRecorder(
+            dataset.sample_ids,
+            patches=run.masks.patches,
+            epochs=run.masks.epochs,
+            seed=config.seed,
+            guided=run.guide is not None,
+        )
     )
+    average = run.guide.teacher if run.guide else deepcopy(method) if config.ema else None
 
     latest: list[Step] = []
 
-    def step(batch: Step, index: int) -> dict[str, Tensor]:
-        outputs, visible = run.loss(batch)
-        tally.add(batch, visible)
-        latest[:] = [batch]
-        return outputs
+    def step(batch: Step, index: int) -> Iterator[dict[str, Tensor]]:
+        parts, visible, masked = run.step(batch)
+        tally.add(masked, visible)
+        latest[:] = [masked]
+        return parts
 
     def after_step(done: int, scalars: dict[str, float]) -> None:
         if done % run.steps_per_epoch == 0:
@@ -282,17 +335,18 @@ def _train(run: Run, log: RunLog) -> tuple[Tally, Fitted]:
         run.plan(),
         state=run.out / "run" / "state",
         log=log,
+        ema=None if average is None else average.state_dict(),
         extra=tally,
         after_step=after_step,
     )
+    if average is not None:
+        method.load_state_dict(average.state_dict())
     return tally, fitted
 
 
 def _finish(run: Run, tally: Tally, fitted: Fitted, log: RunLog) -> tuple[dict[str, Any], dict[str, Any]]:
     """Write everything but the card."""
     config, recorder = run.config, tally.recorder
-    if fitted.ema is not None:
-        run.method.load_state_dict(fitted.ema)
     export_encoder(
         run.method.backbone,
         run.out / "encoder",
@@ -330,6 +384,7 @@ def _finish(run: Run, tally: Tally, fitted: Fitted, log: RunLog) -> tuple[dict[s
     examples = draw_examples(
         run.steps,
         run.method,
+        run.guide,
         _spread(recorder.witnesses, config.pictures),
         epoch=config.epochs - 1,
         normalise=run.normalise,

@@ -23,7 +23,9 @@ from shared.artifact import write_atomic
 from shared.errors import CorruptError, IncompatibleError, MwmError
 from shared.merkle import tensor_digest
 from shared.rng import draw_u32, sample_keys, seed_key
-from stage2_pretrain.masking.spec import mask_spec_of_card
+from stage2_pretrain.masking.plan import guide_of
+from stage2_pretrain.masking.sampler import MaskSampler
+from stage2_pretrain.masking.spec import MaskSpec, mask_spec_of_card
 from stage2_pretrain.samples import image_sizes_px, usable_samples
 from stage2_pretrain.window import draw_windows
 
@@ -48,13 +50,23 @@ class WitnessRecorder:
         epochs: Epochs of the run, the last perhaps unfinished.
         seed: Of the run.
         views: Draws of a sample in one epoch.
+        guided: The policy follows a network: levels of the witnesses are kept too.
 
     Attributes:
         witnesses: Ids of the samples whose bits are kept, sorted.
         tensors: What is written; see `read_witnesses`.
     """
 
-    def __init__(self, sample_ids: Sequence[str], *, patches: int, epochs: int, seed: int, views: int = 1) -> None:
+    def __init__(
+        self,
+        sample_ids: Sequence[str],
+        *,
+        patches: int,
+        epochs: int,
+        seed: int,
+        views: int = 1,
+        guided: bool = False,
+    ) -> None:
         self.witnesses = choose_witnesses(sample_ids, seed)
         self.patches = patches
         self._place = {name: number for number, name in enumerate(self.witnesses)}
@@ -65,8 +77,17 @@ class WitnessRecorder:
             "draws": np.zeros(epochs, np.int64),
             "sums": np.zeros(epochs, np.uint64),
         }
+        if guided:
+            self.tensors["levels"] = np.zeros((*shape, patches), np.uint8)
 
-    def record(self, sample_ids: Sequence[str], epoch: int, view: int, hidden: Any) -> None:
+    def record(
+        self,
+        sample_ids: Sequence[str],
+        epoch: int,
+        view: int,
+        hidden: Any,
+        levels: UInt8[np.ndarray, "B L"] | None = None,
+    ) -> None:
         """Record one batch.
 
         Args:
@@ -74,19 +95,22 @@ class WitnessRecorder:
             epoch: Epoch of the draw, from 0.
             view: View of the draw, from 0.
             hidden: bool [B, L] or [B, *grid], on any device: the complement of the very tensor that the encoder got.
+            levels: What the masks were drawn by, where the policy follows a network.
 
         Raises:
             MwmError: A witness was recorded before in this epoch and view, or ``hidden`` has another shape: a bug.
         """
         bits = pack(_as_bool(hidden, len(sample_ids), self.patches))
-        for name, row in zip(sample_ids, bits, strict=True):
+        for index, name in enumerate(sample_ids):
             place = self._place.get(name)
             if place is None:
                 continue
             if self.tensors["drawn"][epoch, view, place]:
                 raise MwmError(f"witness {name}: drawn twice in epoch {epoch}, view {view}")
             self.tensors["drawn"][epoch, view, place] = 1
-            self.tensors["bits"][epoch, view, place] = row
+            self.tensors["bits"][epoch, view, place] = bits[index]
+            if levels is not None:
+                self.tensors["levels"][epoch, view, place] = levels[index]
         self.tensors["draws"][epoch] += len(bits)
         # An array, not a scalar: it wraps modulo 2^64, as meant, without a warning.
         self.tensors["sums"][epoch : epoch + 1] += digest_sum(sample_ids, view, bits)
@@ -167,7 +191,8 @@ def read_witnesses(folder: Path) -> tuple[dict[str, np.ndarray[Any, Any]], dict[
 
     Returns:
         ``bits`` uint8 [epochs, views, witnesses, bytes], ``drawn`` uint8 [epochs, views, witnesses], ``draws`` int64
-        and ``sums`` uint64 [epochs]; and the JSON beside them.
+        and ``sums`` uint64 [epochs]; of a policy that follows a network also ``levels`` uint8 [epochs, views,
+        witnesses, L]; and the JSON beside them.
 
     Raises:
         CorruptError: A file is missing, unreadable or incomplete.
@@ -185,6 +210,8 @@ def read_witnesses(folder: Path) -> tuple[dict[str, np.ndarray[Any, Any]], dict[
             "draws": (np.int64, shape[:1]),
             "sums": (np.uint64, shape[:1]),
         }
+        if "levels" in tensors:
+            expected["levels"] = (np.uint8, (*shape, names["patches"]))
     except (OSError, SafetensorError, ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
         raise CorruptError(f"{FILE}, {NAMES}: {type(error).__name__} while reading the witnesses") from None
     if names.get("version") != VERSION or any(
@@ -204,12 +231,14 @@ class Redrawn:
         draws: Draws whose sums were compared.
         epochs: Epochs of the run.
         mismatches: One line for each witness draw or epoch that differs.
+        unrecomputable: Draws by a network's scores that were recorded for the witnesses alone.
     """
 
     checked: int
     draws: int
     epochs: int
     mismatches: tuple[str, ...]
+    unrecomputable: int = 0
 
 
 def redraw(store: RegionStore, card_spec: Mapping[str, Any], folder: Path) -> Redrawn:
@@ -233,17 +262,24 @@ def redraw(store: RegionStore, card_spec: Mapping[str, Any], folder: Path) -> Re
     if len(names) != spec.samples:
         raise IncompatibleError(f"region store: {len(names)} samples with maps, the card has {spec.samples}")
     recorded, described = read_witnesses(folder)
-    again = WitnessRecorder(names, patches=spec.patches, epochs=spec.epochs, seed=spec.seed, views=spec.views)
+    guided = guide_of(spec.policy_at(0)) is not None
+    again = WitnessRecorder(
+        names, patches=spec.patches, epochs=spec.epochs, seed=spec.seed, views=spec.views, guided=guided
+    )
     if describe(again.witnesses, spec.patches) != rfc8785.dumps(described):
         raise CorruptError(f"{NAMES}: other witnesses than the card's seed and the region store give")
     if recorded["drawn"].shape != again.tensors["drawn"].shape:
         raise CorruptError(
             f"{FILE}: {recorded['drawn'].shape[:2]} epochs and views, the card has {spec.epochs, spec.views}"
         )
+    if guided != ("levels" in recorded):
+        raise CorruptError(f"{FILE}: {'no ' * guided}levels of a network, and the card's policy is {spec.policy.name}")
     sampler = spec.sampler(store.regions)
     keys, sizes_px = sample_keys(names), image_sizes_px(samples)
     present = list(spec.taking_part(names))
     whose = spec.maps_of().tolist()
+    if guided:
+        return _redraw_guided(spec, sampler, names, present, recorded, again)
     for first in range(0, len(names), _ROWS):
         chunk = range(first, min(first + _ROWS, len(names)))
         maps = store.maps([samples[whose[index]].row for index in chunk])
@@ -258,6 +294,32 @@ def redraw(store: RegionStore, card_spec: Mapping[str, Any], folder: Path) -> Re
                 again.record([names[index] for index in part], epoch, view, hidden)
     drawn = int(again.tensors["drawn"].sum()), int(again.tensors["draws"].sum())
     return Redrawn(*drawn, spec.epochs, tuple(_differences(recorded, again)))
+
+
+def _redraw_guided(
+    spec: MaskSpec,
+    sampler: MaskSampler,
+    names: Sequence[str],
+    present: Sequence[set[int]],
+    recorded: Mapping[str, np.ndarray[Any, Any]],
+    again: WitnessRecorder,
+) -> Redrawn:
+    """The witnesses by their recorded levels; of the other draws the number alone."""
+    place = {name: index for index, name in enumerate(names)}
+    blank = np.zeros((1, spec.patches), np.uint8)
+    for epoch, wanted in enumerate(present):
+        for number, name in enumerate(again.witnesses):
+            if place[name] not in wanted:
+                continue
+            for view in range(spec.views):
+                levels = recorded["levels"][epoch, view, number][None]
+                drawn = sampler.draw_covered(blank, sample_keys([name]), epoch, view, levels)
+                again.record([name], epoch, view, drawn.hidden, levels)
+    checked = int(again.tensors["drawn"].sum())
+    again.tensors["draws"][:] = [len(wanted) * spec.views for wanted in present]
+    again.tensors["sums"] = recorded["sums"]
+    draws = int(again.tensors["draws"].sum())
+    return Redrawn(checked, checked, spec.epochs, tuple(_differences(recorded, again)), draws - checked)
 
 
 def _differences(recorded: Mapping[str, np.ndarray[Any, Any]], again: WitnessRecorder) -> Iterator[str]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
-from jaxtyping import Bool, Int32, Int64, UInt8
+from jaxtyping import Bool, Float32, Int32, Int64, UInt8
 
 from shared.config import Strict, spec, validate
 from shared.errors import IncompatibleError
@@ -63,8 +63,24 @@ class Policy(Protocol):
     options: Strict
 
     def tables(self) -> Tables:
-        """What becomes of the mean coverage of a patch, 0 .. 254."""
+        """What becomes of a patch of each level: its mean coverage, 0 .. 254, or what `GuidedPolicy` makes of it."""
         ...
+
+
+class GuidedPolicy(Policy, Protocol):
+    """Follows a network: ``guide`` says what a teacher is asked for (`stage2_pretrain.guide`)."""
+
+    guide: ClassVar[Literal["loss", "attention"]]
+
+    def levels(self, score: Float32[np.ndarray, "B L"], coverage: UInt8[np.ndarray, "B L"]) -> UInt8[np.ndarray, "B L"]:
+        """What `tables` takes, from the teacher's score and the coverage of each patch. Each sample by itself."""
+        ...
+
+
+def guide_of(policy: Policy) -> Literal["loss", "attention"] | None:
+    """What a policy asks a teacher for, or None where the region maps are all it needs."""
+    asked: Literal["loss", "attention"] | None = getattr(policy, "guide", None)
+    return asked
 
 
 def plan_batch(policy: Policy, level: UInt8[np.ndarray, "B L"]) -> Plan:

@@ -109,10 +109,15 @@ class MaskSampler:
         return combine(pool(maps, windows, self.grid), self._weights)
 
     def draw_covered(
-        self, coverage: UInt8[np.ndarray, "B L"], sample_keys: UInt64[np.ndarray, "B"], epoch: int, view: int = 0
+        self,
+        coverage: UInt8[np.ndarray, "B L"],
+        sample_keys: UInt64[np.ndarray, "B"],
+        epoch: int,
+        view: int = 0,
+        levels: UInt8[np.ndarray, "B L"] | None = None,
     ) -> Drawn:
-        """Draw where the coverage is known."""
-        plan = plan_batch(self.policy_at(epoch), coverage)
+        """Draw where the coverage is known, and for a policy that follows a network the levels."""
+        plan = plan_batch(self.policy_at(epoch), coverage if levels is None else levels)
         hidden = self._draw_hidden(
             plan.level,
             plan.stratum_of,

@@ -218,10 +218,19 @@ def _conv(conv: nn.Conv2d, feature: Tensor, cells: Cells) -> Tensor:
         depthwise = conv.groups > 1 and conv.groups == channels == len(conv.weight)
         if depthwise or conv.groups == 1:
             kind = _route(side, depthwise=depthwise)
-            output: Tensor = _SameConv.apply(feature, conv.weight, conv.bias, cells, dilation, kind)
+            output: Tensor = _SameConv.apply(*_lowered(feature, conv.weight, conv.bias), cells, dilation, kind)
             return output
     reached: Tensor = _Halo.apply(feature, cells, padding, after, 0.0)
     return F.conv2d(reached, conv.weight, conv.bias, conv.stride, 0, conv.dilation, conv.groups)
+
+
+def _lowered(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """In autocast's type, where it is on: it does not reach into the backward pass of a function of ours."""
+    device = next(tensor.device.type for tensor in tensors if tensor is not None)
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(None if tensor is None else tensor.to(dtype) for tensor in tensors)
 
 
 def _route(side: int, *, depthwise: bool) -> Kind:

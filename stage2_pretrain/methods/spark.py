@@ -110,6 +110,15 @@ class SparK(nn.Module):
             return {"loss": F.mse_loss(predicted, target)}
         return {"loss": F.mse_loss(predicted, target, reduction="sum") / (count * target.shape[1])}
 
+    def errors(self, image: Float[Tensor, "B C S S"], visible: Bool[Tensor, "B gh gw"]) -> Float[Tensor, "B L"]:
+        """What `loss` is the mean of, for every patch; that of a visible one is no measure."""
+        target = normalise(patches(image, self.patch_px))[0]
+        return F.mse_loss(patches(self(image, visible), self.patch_px), target, reduction="none").mean(-1)
+
+    def attention(self, image: Float[Tensor, "B C S S"]) -> Float[Tensor, "B L"]:
+        """Where the encoder looks in the whole image: squares of its deepest features, summed over channels."""
+        return self.backbone.features(image)[-1].square().sum(1).flatten(1)
+
     def forward(self, image: Float[Tensor, "B C S S"], visible: Bool[Tensor, "B gh gw"]) -> Float[Tensor, "B C S S"]:
         """Draw every pixel, in units of its patch's own mean and deviation."""
         where = self.where(visible)

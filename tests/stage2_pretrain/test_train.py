@@ -1,9 +1,11 @@
 """`pretrain` from end to end: one id however it was cut off, witnesses that draw again, nothing silent."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +25,8 @@ from shared.runlog import read_metrics
 from stage2_pretrain import train
 from stage2_pretrain.config import PretrainConfig
 from stage2_pretrain.redraw import redraw_one
-from stage2_pretrain.train import pretrain
-from stage2_pretrain.witness import redraw
+from stage2_pretrain.train import prepare, pretrain, resolve
+from stage2_pretrain.witness import read_witnesses, redraw
 from tests.shared.event_files import pictures, points
 from tests.stage2_pretrain.stores import write_discs, write_store
 
@@ -167,7 +169,7 @@ def test_again_is_done_and_another_spec_is_refused(whole: Artifact, corpus: Path
 
 
 SCRIPT = """
-import os, signal, sys
+import json, os, signal, sys
 from pathlib import Path
 import shared.loop as loop
 from stage2_pretrain import train
@@ -183,7 +185,7 @@ if sys.argv[3].isdigit():
     loop.save_state = save_and_die
 else:
     setattr(train, sys.argv[3], killed)
-run(Path(sys.argv[1]), Path(sys.argv[2]))
+run(Path(sys.argv[1]), Path(sys.argv[2]), **json.loads(sys.argv[4]))
 """
 
 
@@ -192,14 +194,18 @@ def test_a_lost_metrics_line_moves_no_epoch() -> None:
     assert [train._epoch_loss(losses, epoch, 2) for epoch in (1, 2, 3)] == [4.0, 1.5, None]
 
 
+def run_and_die(corpus: Path, out: Path, where: str, **changes) -> None:
+    command = [sys.executable, "-c", SCRIPT, str(corpus), str(out), where, json.dumps(changes)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, check=False, cwd=ROOT, env=environment, capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-2000:]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("where", ["2", "5", "export_encoder", "publish"])
 def test_killed_and_continued_has_the_same_id(where: str, whole: Artifact, corpus: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    command = [sys.executable, "-c", SCRIPT, str(corpus), str(out), where]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, check=False, cwd=ROOT, env=environment, capture_output=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-2000:]
+    run_and_die(corpus, out, where)
     assert not (out / "artifact.json").exists()
     made = run(corpus, out)
     assert made.card.artifact_id == whole.card.artifact_id
@@ -284,6 +290,62 @@ def test_masks_by_another_sample_s_maps_draw_again(whole: Artifact, corpus: Path
     assert (masks[0].maps == store.maps([store.row(masks[0].maps_of)])[0]).all()
 
 
+def test_masks_that_follow_a_teacher_draw_again_and_survive_a_kill(corpus: Path, tmp_path: Path) -> None:
+    changes = {"policy": {"name": "hard"}, "schedule": {"first": {"share": 0}}, "ema": 0.5}
+    made = run(corpus, tmp_path / "out", **changes)
+    found = redraw(open_region_store(str(corpus / "regions")), made.card.identity.spec, made.path)
+    assert (found.mismatches, found.checked, found.unrecomputable) == ((), (COUNT - 1) * EPOCHS, 0)
+    levels = read_witnesses(made.path)[0]["levels"][:, 0]
+    assert levels.sum(-1).tolist() == [[0] * 8, [1] * 8, [4] * 8, [5] * 8]  # 0, 125, 375, 500 thousandths of 10
+    assert len({row.tobytes() for row in levels[-1]}) > 1  # by image
+    run_and_die(corpus, tmp_path / "other", "4", **changes)
+    assert run(corpus, tmp_path / "other", **changes).card.artifact_id == made.card.artifact_id
+
+
+def test_a_policy_that_follows_a_teacher_has_one(corpus: Path, tmp_path: Path) -> None:
+    made = run(corpus, tmp_path / "out", policy="attention", epochs=1, warmup_epochs=0)
+    assert made.card.identity.spec["ema"] == "0.999"
+
+
+def test_parts_of_a_step_count_by_their_hidden_patches(corpus: Path, tmp_path: Path) -> None:
+    """Without batch norms, a step in parts is the step: the encoder has none, and the decoder's are held still."""
+    options = {"output_stride": 8, "depths": [1, 1, 1, 1], "dims": [8, 8, 12, 12]}
+    changes = {"backbone": "convnext_atto", "backbone_options": options}
+    changes |= {"policy": {"name": "region", "budget": "per-sample", "hide_inside": 900, "hide_outside": 300}}
+    stores = {"images": corpus / "images", "store": open_region_store(str(corpus / "regions")), "out": tmp_path}
+    losses, gradients = [], []
+    for accumulate in (1, 3):
+        made = prepare(resolve(config(**changes, accumulate=accumulate)), **stores)
+        method = made.method.eval()
+        with closing(made.steps.begin(0)) as steps:
+            batch, _ = next(steps)
+        parts, visible, _ = made.step(batch)
+        assert visible.flatten(1).sum(1).unique().numel() > 1
+        total = 0.0
+        for count, part in enumerate(parts, 1):  # noqa: B007
+            part["loss"].backward()
+            total += part["loss"].item()
+        assert count == accumulate
+        losses.append(total)
+        gradients.append(torch.cat([p.grad.flatten() for p in method.parameters() if p.grad is not None]))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5)
+
+
+def test_a_run_in_parts_and_bfloat16(whole: Artifact, corpus: Path, tmp_path: Path) -> None:
+    made = run(corpus, tmp_path / "out", accumulate=2, precision="bf16")
+    assert made.card.identity.spec["numeric"]["dtype"] == "bf16"
+    assert verify(made.path, made.card) == []
+    assert made.card.identity.outputs["witnesses"] == whole.card.identity.outputs["witnesses"]
+    first, other = (read_metrics(path)[0]["loss"] for path in (made.path, whole.path))
+    assert first != other
+    assert first == pytest.approx(other, rel=0.1)
+    state = latest_state(made.path / "run/state")[1]
+    assert {value.dtype for name, value in state.items() if name.startswith("module/") and "num_b" not in name} == {
+        torch.float32
+    }
+
+
 def test_colour_images_and_three_channels(corpus: Path, tmp_path: Path) -> None:
     made = run(corpus, tmp_path / "out", channels=3, epochs=1, warmup_epochs=0)
     assert load_encoder(made.path / "encoder").in_chans == 3
@@ -304,6 +366,7 @@ def test_a_coarse_grid_is_warned_of(corpus: Path, tmp_path: Path) -> None:
         ({"method": {"name": "spark", "decoder_widht": 8}}, "decoder_widht: unknown key. Did you mean 'decoder_width'"),
         ({"policy": {"name": "region", "hide_insde": 8}}, "hide_insde: unknown key. Did you mean 'hide_inside'"),
         ({"policy": {"hide_inside": 8}}, "policy.name: required"),
+        ({"accumulate": 5}, "accumulate: 5 parts of a step, and its smallest share is 4 images: expected at least one"),
         ({"epochs": 3, "warmup_epochs": 3}, "warmup_epochs must be below epochs"),
         ({"threads": 0}, "expected 1 or more"),
         ({"threads": 100_000}, "threads: 100000, expected 1 to .* on this machine of"),

@@ -9,12 +9,15 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-from shared.errors import CorruptError, IncompatibleError, MwmError
+from shared.errors import CorruptError, IncompatibleError, MwmError, UsageError
 from shared.order import schedule
+from stage2_pretrain import witness
 from stage2_pretrain.data import RegionDataset
 from stage2_pretrain.masking import POLICIES
+from stage2_pretrain.masking.plan import guide_of
 from stage2_pretrain.masking.schedule import ScheduleOptions
 from stage2_pretrain.masking.spec import MaskSpec, mask_section, mask_spec
+from stage2_pretrain.redraw import redraw_one
 from stage2_pretrain.window import WindowOptions
 from stage2_pretrain.witness import FILE, NAMES, WitnessRecorder, choose_witnesses, read_witnesses, redraw
 from tests.stage2_pretrain.fake_store import FakeStore, write_images
@@ -52,7 +55,9 @@ def describe(policy: str = "region", **changes: Any) -> MaskSpec:
 
 def recorder_of(spec: MaskSpec, store: FakeStore) -> WitnessRecorder:
     names = [sample.sample_id for sample in store.samples if sample.status == "ok"]
-    return WitnessRecorder(names, patches=spec.patches, epochs=spec.epochs, seed=spec.seed, views=spec.views)
+    guided = guide_of(spec.policy_at(0)) is not None
+    sizes = {"patches": spec.patches, "epochs": spec.epochs, "views": spec.views}
+    return WitnessRecorder(names, **sizes, seed=spec.seed, guided=guided)
 
 
 def train(
@@ -71,12 +76,18 @@ def train(
     names = dataset.sample_ids
     sampler = spec.sampler(store.regions)
     recorder = recorder or recorder_of(spec, store)
+    scores = np.random.default_rng(begun)
     steps = range(begun, spec.steps if stop is None else stop)
     for _, (epoch, indices) in zip(steps, schedule(names, spec.batch, spec.seed, begun), strict=False):
         batch = dataset.batch(indices, epoch)
         for view in range(spec.views):
-            hidden = torch.from_numpy(sampler.draw(batch, epoch, view).hidden).view(-1, *spec.grid)
-            recorder.record([names[index] for index in indices], epoch, view, hidden)
+            coverage = sampler.cover(batch["maps"].numpy(), batch["window"].numpy())
+            policy, levels = sampler.policy_at(epoch), None
+            if guide_of(policy):  # what no card tells: a score by some network
+                levels = policy.levels(scores.random(coverage.shape, np.float32), coverage)
+            drawn = sampler.draw_covered(coverage, batch["sample_key"].numpy().view(np.uint64), epoch, view, levels)
+            hidden = torch.from_numpy(drawn.hidden).view(-1, *spec.grid)
+            recorder.record([names[index] for index in indices], epoch, view, hidden, levels)
     return recorder
 
 
@@ -90,6 +101,39 @@ def test_a_run_draws_again_from_card_and_store(policy: str, store: FakeStore, im
     assert found.checked == found.draws == outputs["draws"] == outputs["witness_draws"] == (11 + 11 + 8) * 2
     assert found.epochs == 3
     assert outputs["witness_samples"] == SAMPLES
+
+
+@pytest.mark.parametrize("policy", ["hard", "region-hard"])
+def test_of_draws_by_a_network_the_witnesses_draw_again_and_the_rest_is_counted(
+    policy: str, store: FakeStore, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(witness, "WITNESSES_MAX", 4)
+    spec = describe(policy)
+    recorder = train(spec, store, images)
+    recorder.write(tmp_path)
+    card = {"mask": mask_section(spec)}
+    found = redraw(store, card, tmp_path)
+    assert found.mismatches == ()
+    assert (found.draws, found.checked + found.unrecomputable) == (found.checked, 60)
+    assert 0 < found.checked <= 4 * 2 * 3
+
+    place = 0, 1, 2
+    name = recorder.witnesses[2]
+    one = redraw_one(store, card, tmp_path, name, epoch=0, view=1)
+    assert (one.bits == one.recorded).all()
+    other = next(sample.sample_id for sample in store.samples if sample.sample_id not in recorder.witnesses)
+    with pytest.raises(UsageError, match=f"policy {policy} follows a network, whose scores were recorded for 4 wit"):
+        redraw_one(store, card, tmp_path, other, epoch=0, view=0)
+
+    def other_levels(levels: np.ndarray) -> None:
+        levels[place] = levels[place][::-1].copy()
+
+    edit(tmp_path, "levels", other_levels)
+    assert redraw(store, card, tmp_path).mismatches[0].startswith(f"epoch 0 view 1 witness {name}: ")
+    recorder.tensors.pop("levels")
+    recorder.write(tmp_path)
+    with pytest.raises(CorruptError, match=f"no levels of a network, and the card's policy is {policy}"):
+        redraw(store, card, tmp_path)
 
 
 def test_a_schedule_draws_again_and_hides_as_many_as_its_epoch_says(

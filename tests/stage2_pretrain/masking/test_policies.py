@@ -12,7 +12,7 @@ from shared.errors import ConfigError, IncompatibleError
 from shared.rng import sample_keys, seed_key
 from stage2_pretrain.kernels.reference import draw_hidden
 from stage2_pretrain.masking import POLICIES
-from stage2_pretrain.masking.plan import Plan, build_policy, maps_of, plan_batch, policy_of_card, policy_spec
+from stage2_pretrain.masking.plan import Plan, build_policy, guide_of, maps_of, plan_batch, policy_of_card, policy_spec
 
 
 @st.composite
@@ -160,6 +160,53 @@ def test_shuffled_plans_as_region(coverage: np.ndarray) -> None:
     plan, straight = (plan_batch(build_policy(name), coverage) for name in ("shuffled", "region"))
     assert np.array_equal(plan.num_hidden, straight.num_hidden)
     assert np.array_equal(plan.stratum_of, straight.stratum_of)
+
+
+GUIDED = [name for name in POLICIES if guide_of(build_policy(name))]
+
+
+@pytest.mark.parametrize("name", GUIDED)
+@settings(max_examples=50, deadline=None)
+@given(coverage=coverages(), seed=st.integers(0, 99))
+def test_levels_are_whole_numbers_of_each_sample_by_itself(name: str, coverage: np.ndarray, seed: int) -> None:
+    policy: Any = build_policy(name)
+    score = np.random.default_rng(seed).integers(0, 4, coverage.shape).astype(np.float32)  # ties too
+    levels = policy.levels(score, coverage)
+    assert (levels.dtype, levels.shape) == (np.uint8, coverage.shape)
+    assert np.array_equal(policy.levels(score[-1:], coverage[-1:]), levels[-1:])
+    assert np.array_equal(policy.levels(7 * score + 3, coverage), levels)  # the order of scores alone
+    plan = plan_batch(policy, levels)
+    assert (plan.num_hidden.sum(1) == (600 * coverage.shape[1] + 500) // 1000).all()
+    assert not plan.clamped.any()
+
+
+@pytest.mark.parametrize("name", ["hard", "attention"])
+def test_the_hardest_are_hidden_and_the_rest_is_drawn(name: str) -> None:
+    """Of 10 patches 6 are hidden, 3 of them for their score; the other 3 of 7 are drawn alike."""
+    policy: Any = build_policy(name)
+    score = np.tile(np.array([0, 9, 1, 8, 2, 2, 2, 2, 2, 2], np.float32), (700, 1))
+    plan = plan_batch(policy, policy.levels(score, np.zeros(score.shape, np.uint8)))
+    keys = sample_keys([f"s{i}" for i in range(len(score))])
+    key = seed_key("mask", 0)
+    tables = plan.level, plan.stratum_of, plan.weight_of, plan.num_hidden
+    hidden = draw_hidden(*tables, keys, seed_key=key, epoch=0)
+    assert hidden[:, [1, 3, 4]].all()
+    assert (hidden.sum(1) == 6).all()
+    rest = hidden[:, [0, 2, 5, 6, 7, 8, 9]].sum(0)
+    assert (abs(rest - 300) < 60).all(), rest  # 4.6 deviations of a binomial of 700 and 3/7
+
+
+def test_region_hard_weighs_both() -> None:
+    policy: Any = build_policy("region-hard", {"sharpness": 4})
+    score = np.array([[1, 2, 3, 4, 1, 2, 3, 4]], np.float32)
+    coverage = np.array([[0, 0, 0, 0, 254, 254, 254, 254]], np.uint8)
+    levels = policy.levels(score, coverage)[0].astype(int)
+    assert (np.diff(levels[:4]) > 0).all()
+    assert (np.diff(levels[4:]) > 0).all()
+    assert levels[7] == 255 * 7 // 8  # of equal scores the lower patch is the harder
+    assert (abs(levels[4:] - 4 * levels[:4]) <= 4 + 255 // 8).all()
+    alone: Any = build_policy("region-hard", {"sharpness": 1})
+    assert np.array_equal(alone.levels(score, coverage), alone.levels(score, 0 * coverage))
 
 
 def test_an_empty_region_is_valid() -> None:

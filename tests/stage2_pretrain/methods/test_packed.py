@@ -87,6 +87,28 @@ def test_it_is_the_masked_function(net: str, seed: int) -> None:
             assert worst(mine, theirs) < TOLERANCE
 
 
+@pytest.mark.parametrize("net", ["basic, dilated", "bottleneck", "convnext, dilated"])
+def test_bfloat16_strays_from_float32_as_masking_does(net: str) -> None:
+    loss, direction = [], []
+    for lowered in (False, True):
+        for method in pair(net):
+            method.float()
+            image, visible = example(method, 4, 0)
+            with torch.autocast("cpu", torch.bfloat16, enabled=lowered):
+                found = method.loss(image.float(), visible)["loss"]
+            found.backward()
+            assert found.dtype == torch.float32
+            loss.append(found.item())
+            direction.append(
+                torch.cat([value.grad.flatten() for value in method.parameters() if value.grad is not None])
+            )
+    packed, masked, packed_lowered, masked_lowered = direction
+    assert loss[2] == pytest.approx(loss[0], rel=0.02)
+    near, peer = (float(F.cosine_similarity(a, b, 0)) for a, b in [(packed, packed_lowered), (masked, masked_lowered)])
+    assert near > 0.9
+    assert 1 - near < 2 * (1 - peer)
+
+
 def test_no_hidden_pixel_is_read() -> None:
     packed, _ = pair("bottleneck")
     image, visible = example(packed, 3, 0)
