@@ -148,6 +148,7 @@ class StandIn:
 
     def __init__(self, tried: Rehearsed) -> None:
         self.regions = tuple(tried.config.regions)
+        self.grounder = tried.config.grounder.name
         self.grid = (tried.config.grid_px, tried.config.grid_px)
         names = sorted(tried.maps)
         self._maps = np.stack([tried.maps[name] for name in names])

@@ -80,6 +80,12 @@ class RegionStore:
         return open_region_store, (f"{self.path.resolve()}@sha256:{self.card.artifact_id}",)
 
     @property
+    def grounder(self) -> str | None:
+        """Name of the part that found the regions; None in a store that stage 1 did not make."""
+        part = self.card.identity.spec.get("grounder")
+        return part.get("name") if isinstance(part, dict) else None
+
+    @property
     def sample_ids(self) -> list[str]:
         """Ids in row order."""
         return [sample.sample_id for sample in self.samples]

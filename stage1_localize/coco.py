@@ -94,12 +94,13 @@ class CocoLabels:
         return digest({"regions": sorted(self.regions), "rows": rows})
 
 
-def read_coco(path: Path, sources: Sequence[Source]) -> CocoLabels:
+def read_coco(path: Path, sources: Sequence[Source] | None) -> CocoLabels:
     """Read, check and match COCO labels.
 
     Args:
         path: The JSON file.
-        sources: The images; ``file_name`` is a sample id of theirs, or what the user calls it.
+        sources: The images; ``file_name`` is a sample id of theirs, or what the user calls it. None: whatever the
+            labels name is taken for a sample.
 
     Raises:
         InputMissingError: No such file.
@@ -139,7 +140,7 @@ def _parse(path: Path) -> dict[str, Any]:
 @dataclass
 class _Reader:
     body: Mapping[str, Any]
-    sources: Sequence[Source]
+    sources: Sequence[Source] | None
     problems: list[str] = field(default_factory=list)
     hint: str | None = None
 
@@ -215,8 +216,9 @@ class _Reader:
         return dict(sorted(found.items()))
 
     def _images(self) -> dict[int, Labelled]:
-        by_name = {unicodedata.normalize("NFC", s.known_as or s.sample_id): s for s in self.sources}
-        by_name |= {source.sample_id: source for source in self.sources}
+        sources = self.sources or ()
+        by_name = {unicodedata.normalize("NFC", s.known_as or s.sample_id): s for s in sources}
+        by_name |= {source.sample_id: source for source in sources}
         found: dict[int, Labelled] = {}
         taken: dict[str, int] = {}
         for where, row in self._rows("images", "image"):
@@ -236,7 +238,8 @@ class _Reader:
             if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\0" in name:
                 self.problems.append(f"{where}: file_name is not a path inside the images' folder")
                 continue
-            source = by_name.get(unicodedata.normalize("NFC", PurePosixPath(name).as_posix()))
+            name = unicodedata.normalize("NFC", PurePosixPath(name).as_posix())
+            source = Source(name, Path(name)) if self.sources is None else by_name.get(name)
             if source is None:
                 self.problems.append(f"{where}: its file_name is not among the images")
                 self.hint = "file_name is a path relative to the folder of --images, or a sample id of its list"

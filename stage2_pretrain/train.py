@@ -218,6 +218,9 @@ def prepare(config: PretrainConfig, store: RegionStore, images: Path, out: Path)
     part = METHODS.load(config.method["name"])
     method = part(validate(part.Options, config.method_options), backbone, size_px=config.size_px, seed=config.seed)
     policy = build_policy(config.policy["name"], config.policy_options)
+    check_grounder = getattr(policy, "check_grounder", None)
+    if check_grounder is not None:
+        check_grounder(store.grounder)
     dataset = RegionDataset(
         store,
         images,

@@ -7,6 +7,7 @@ GROUNDERS = Registry(
     {
         "contrast": "stage1_localize.grounders.contrast:Contrast",
         "lite": "stage1_localize.grounders.lite:Lite",
+        "oracle": "stage1_localize.grounders.oracle:Oracle",
         "planted": "stage1_localize.grounders.planted:Planted",
     },
 )

@@ -12,6 +12,7 @@ POLICIES = Registry(
         "attention": "stage2_pretrain.masking.attention:Attention",
         "hard": "stage2_pretrain.masking.hard:Hard",
         "inverted": "stage2_pretrain.masking.inverted:Inverted",
+        "oracle": "stage2_pretrain.masking.oracle:Oracle",
         "region": "stage2_pretrain.masking.region:Region",
         "region-hard": "stage2_pretrain.masking.region_hard:RegionHard",
         "region-soft": "stage2_pretrain.masking.region_soft:RegionSoft",

@@ -54,7 +54,8 @@ class Policy(Protocol):
 
     There are one or two ``strata``, by name.
 
-    A policy that takes the region maps of other samples also has ``maps_of(samples, seed)``; see `maps_of`.
+    A policy that takes the region maps of other samples also has ``maps_of(samples, seed)``, see `maps_of`; one that
+    not every region store serves ``check_grounder(name)``, with the name of what made the store.
     """
 
     Options: ClassVar[type[Strict]]

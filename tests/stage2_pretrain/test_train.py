@@ -367,6 +367,10 @@ def test_a_coarse_grid_is_warned_of(corpus: Path, tmp_path: Path) -> None:
         ({"policy": {"name": "region", "hide_insde": 8}}, "hide_insde: unknown key. Did you mean 'hide_inside'"),
         ({"policy": {"hide_inside": 8}}, "policy.name: required"),
         ({"accumulate": 5}, "accumulate: 5 parts of a step, and its smallest share is 4 images: expected at least one"),
+        (
+            {"policy": "oracle"},
+            "policy oracle: regions of grounder 'None', expected those of grounder 'oracle': labels",
+        ),
         ({"epochs": 3, "warmup_epochs": 3}, "warmup_epochs must be below epochs"),
         ({"threads": 0}, "expected 1 or more"),
         ({"threads": 100_000}, "threads: 100000, expected 1 to .* on this machine of"),
