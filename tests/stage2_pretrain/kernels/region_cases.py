@@ -62,6 +62,20 @@ def one(**changes: Any) -> dict[str, Any]:
     }
 
 
+def none() -> dict[str, Any]:
+    """A batch without a sample."""
+    case = one(windows=np.empty((0, 8), np.int32))
+    return {**case, **{name: case[name][:0] for name in ("maps", "sizes", "keys")}}
+
+
+def assert_none(made: DrawnOnDevice) -> None:
+    """What comes of it."""
+    assert made.hidden.shape == made.coverage.shape == (0, 196)
+    assert made.num_hidden.shape == (0, 2)
+    assert made.visible.shape == (0,)
+    assert made.cu_seqlens.tolist() == [0]
+
+
 def windows_of(case: dict[str, Any]) -> np.ndarray:
     if "windows" in case:
         return np.asarray(case["windows"])
