@@ -61,7 +61,7 @@ def test_ties_go_to_the_lower_patch() -> None:
 
 
 def test_many_samples_are_packed_over_several_blocks_and_launches() -> None:
-    count = 40  # more than the 16 words that a program of 4 patches reads at once
+    count = 20  # more than the 16 words that a program of 4 patches reads at once
     changes = {
         "maps": np.random.default_rng(0).integers(0, 255, (count, 1, 24, 24), dtype=np.uint8),
         "sizes": np.full((count, 2), 24),
