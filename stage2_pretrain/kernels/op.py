@@ -46,8 +46,8 @@ def draw_hidden(
     """Pool the windows of a batch, count, draw and pack, as the policy's tables say.
 
     The bits are those of `stage2_pretrain.kernels.reference`. On a GPU nothing can be looked at without waiting for
-    it: there, values that a CPU refuses (255 in a map, a patch below one map pixel, tables out of range) are the
-    caller's to keep out, and only what shapes and numbers tell is refused.
+    it: there, values that a CPU refuses (255 in a map, a patch below one map pixel, tables out of range) and windows
+    beyond their image are the caller's to keep out, and only what shapes and numbers tell is refused.
 
     Args:
         maps: Region maps of the whole images.
