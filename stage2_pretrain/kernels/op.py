@@ -14,7 +14,7 @@ from jaxtyping import Int32, Int64, UInt8
 from torch import Tensor
 
 from shared.errors import UsageError
-from stage2_pretrain.kernels import cpu
+from stage2_pretrain.kernels import IMPLS
 from stage2_pretrain.kernels.drawn import PADDING, DrawnOnDevice, allocate
 from stage2_pretrain.masking.budget import Counts
 from stage2_pretrain.masking.coverage import combine, pool
@@ -109,7 +109,7 @@ def _draw_on_cpu(
     patches = coverage.shape[1]
     inside = (stratum_of.numpy()[coverage] == 0).sum(1)
     num_hidden, clamped = Counts(total, first, second).of(inside, patches)
-    hidden = cpu.draw_hidden(
+    hidden = IMPLS.load("cpu")(
         coverage,
         stratum_of.numpy(),
         weight_of.numpy(),

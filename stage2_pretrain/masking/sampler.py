@@ -4,36 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from jaxtyping import Bool, Int32, Int64, UInt8, UInt64
-from torch import Tensor
 
-from shared.errors import ConfigError, CorruptError, UsageError
+from shared.errors import ConfigError, CorruptError
 from shared.rng import seed_key
 from stage2_pretrain.kernels import IMPLS
-from stage2_pretrain.kernels.choice import resolve_impl
-from stage2_pretrain.kernels.drawn import DrawnOnDevice
-from stage2_pretrain.kernels.op import draw_hidden
-from stage2_pretrain.kernels.reference import PATCHES_MAX, WEIGHT_MAX
+from stage2_pretrain.kernels.reference import PATCHES_MAX
 from stage2_pretrain.masking.coverage import CoverageOptions, combine, pool, region_weights
-from stage2_pretrain.masking.plan import Policy, Tables, plan_batch
+from stage2_pretrain.masking.plan import Policy, plan_batch
+
+if TYPE_CHECKING:  # whoever draws on the host alone, an audit say, loads no torch
+    from stage2_pretrain.kernels.drawn import DrawnOnDevice
+    from stage2_pretrain.masking.placed import Placed
 
 PURPOSE = "mask"
-
-
-@dataclass(frozen=True)
-class _Placed:
-    """An epoch's tables on a device."""
-
-    epoch: int
-    device: torch.device
-    tables: Tables
-    stratum_of: UInt8[Tensor, "256"]
-    weight_of: Int32[Tensor, "256"]
-    region_weights: Int64[Tensor, "K"] | None
 
 
 @dataclass(frozen=True)
@@ -92,11 +79,13 @@ class MaskSampler:
         self.grid = grid
         self.impl = impl
         if impl == "fused":
+            from stage2_pretrain.kernels.choice import resolve_impl
+
             resolve_impl(impl, device="cuda", patches=grid[0] * grid[1])
         self._draw_hidden = IMPLS.load("cpu" if impl == "fused" else impl)
         self._key = seed_key(PURPOSE, seed)
         self._weights = region_weights(coverage or CoverageOptions(), regions)
-        self._placed: _Placed | None = None
+        self._placed: Placed | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_placed": None}  # a loader's process has no use for a GPU's memory
@@ -169,9 +158,14 @@ class MaskSampler:
             ConfigError: As of `draw`, on a CPU alone: before, see `stage2_pretrain.checks.check_grid`.
             CorruptError: Map value 255: an absent sample came in; on a CPU alone, elsewhere by `fetch`.
         """
-        placed = self._place(epoch, batch["maps"].device)
+        from stage2_pretrain.kernels.op import draw_hidden
+        from stage2_pretrain.masking.placed import place
+
+        maps, placed = batch["maps"], self._placed
+        if placed is None or (placed.epoch, placed.device) != (epoch, maps.device):
+            self._placed = placed = place(self.policy_at(epoch), self._weights, epoch, maps.device)
         return draw_hidden(
-            batch["maps"],
+            maps,
             batch["window"],
             batch["sample_key"],
             placed.stratum_of,
@@ -196,30 +190,3 @@ class MaskSampler:
         strata = len(self.policy_at(epoch).strata)
         sizes = num_patches[:, :strata].astype(np.int64)
         return Drawn(hidden, coverage, sizes, num_hidden[:, :strata], clamped, coverage.max(axis=1) == 0)
-
-    def _place(self, epoch: int, device: torch.device) -> _Placed:
-        placed = self._placed
-        if placed is None or (placed.epoch, placed.device) != (epoch, device):
-            policy = self.policy_at(epoch)
-            tables = policy.tables()
-            _check_tables(tables, len(policy.strata))
-
-            def sent(table: np.ndarray[Any, Any]) -> Tensor:
-                return torch.from_numpy(table).to(device, non_blocking=True)
-
-            weights = None if self._weights is None else sent(self._weights)
-            placed = _Placed(epoch, device, tables, sent(tables.stratum_of), sent(tables.weight_of), weights)
-            self._placed = placed
-        return placed
-
-
-def _check_tables(tables: Tables, strata: int) -> None:
-    """Refuse here what a GPU could not: it draws something else where the host raises."""
-    counts = [milli for milli in (tables.counts.total, tables.counts.first, tables.counts.second) if milli is not None]
-    for what, values, lowest, highest in (
-        ("weights", tables.weight_of, 1, WEIGHT_MAX),
-        ("strata", tables.stratum_of, 0, strata - 1),
-        ("thousandths to hide", np.array(counts), 0, 1000),
-    ):
-        if values.min() < lowest or values.max() > highest:
-            raise UsageError(f"policy: {what} {values.min()} .. {values.max()}; expected {lowest} .. {highest}")

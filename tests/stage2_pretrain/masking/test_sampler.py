@@ -1,6 +1,8 @@
 """From maps and windows to hidden patches: the parts joined, in any batch."""
 
 import pickle
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -126,6 +128,18 @@ def test_a_loader_s_process_gets_no_tables_of_a_device() -> None:
     sent = pickle.loads(pickle.dumps(sampler))
     assert sent._placed is None
     assert torch.equal(sent.draw_device(loaded(), 2).hidden, drawn.hidden)
+
+
+def test_drawing_on_the_host_loads_no_torch() -> None:
+    code = (
+        "import sys\n"
+        "from stage2_pretrain.masking.sampler import MaskSampler\n"
+        "from stage2_pretrain.masking.plan import build_policy\n"
+        "MaskSampler(build_policy('region'), grid=(7, 7), seed=1, regions=('lung',))\n"
+        "assert not {'torch', 'triton', 'numba'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_an_absent_sample_is_told_when_masks_come_back() -> None:
