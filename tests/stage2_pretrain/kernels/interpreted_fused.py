@@ -4,15 +4,17 @@ Triton looks for ``TRITON_INTERPRET=1`` when it is imported, so no other test ca
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 
 from shared.errors import UsageError
 from shared.rng import sample_keys
-from stage2_pretrain.kernels import fused
+from stage2_pretrain.kernels import fused, op
 from stage2_pretrain.kernels.drawn import DrawnOnDevice
 from stage2_pretrain.kernels.fused import draw_regions
 from stage2_pretrain.kernels.op import draw_hidden
@@ -70,6 +72,19 @@ def test_many_samples_are_packed_over_several_blocks_and_launches() -> None:
     }
     for epoch in range(3):
         check(one(**changes, keys=sample_keys(f"{epoch} {number}" for number in range(count)), epoch=epoch))
+
+
+def test_the_operator_s_way_to_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    changes = {"grid": (3, 2), "region_weights": np.array([2**40]), "counts": Counts(None, 800, 300)}
+    with torch.library._scoped_library("mwm", "IMPL") as here:
+        here.impl("draw_hidden", op._draw_on_cuda, "CPU", allow_override=True)
+        for case in (one(grid=(3, 2), seed_key=2**63 + 5), one(**changes)):
+            assert_equal(launch(draw_hidden, case), expected(case))
+        with pytest.raises(UsageError, match="4160 patches"):  # which a CPU takes
+            launch(draw_hidden, one(grid=(65, 64)))
+    case = one(grid=(65, 64), window=WindowOptions(crop_scale=(1000, 1000)))
+    assert_equal(launch(draw_hidden, case), expected(case))
 
 
 def test_a_batch_of_none() -> None:
