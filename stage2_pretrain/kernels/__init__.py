@@ -1,4 +1,8 @@
-"""Sampler backends: each draws the same bits as `reference`. Add a file and one line here."""
+"""Sampler backends: each draws the same bits as `reference`. Add a file and one line here.
+
+Those of the host take coverage and counts; ``fused`` is an operator that begins with the region maps, so that a batch
+on a GPU stays there (`stage2_pretrain.kernels.op`).
+"""
 
 from shared.registry import Registry
 
@@ -6,6 +10,7 @@ IMPLS = Registry(
     "impl",
     {
         "cpu": "stage2_pretrain.kernels.cpu:draw_hidden",
+        "fused": "stage2_pretrain.kernels.op:draw_hidden",
         "reference": "stage2_pretrain.kernels.reference:draw_hidden",
     },
 )

@@ -12,50 +12,28 @@ launch. A word carries the launch's own tag, so nothing is cleared between launc
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import count as numbers
 
 import torch
 import triton
 import triton.language as tl
-from jaxtyping import Bool, Int32, Int64, UInt8
+from jaxtyping import Int32, Int64, UInt8
 from torch import Tensor
 
 from shared.errors import UsageError
 from shared.rng import EPOCHS_MAX, VIEWS_MAX
+from stage2_pretrain.kernels.choice import FUSED_PATCHES_MAX
+from stage2_pretrain.kernels.drawn import PADDING, DrawnOnDevice, allocate
 from stage2_pretrain.kernels.reference import LOG2
 from stage2_pretrain.masking.budget import Counts
 
-PATCHES_MAX = 4096
-"""More would not stay in registers."""
+MAP_PIXELS_MAX = 1 << 23
+"""Of one region map: the sum over a cell, and a place in a map, stay below 2^31."""
 
 _C0, _C1, _C2, _C3, _C4, _C5 = (tl.constexpr(constant) for constant in LOG2)
+_PADDING = tl.constexpr(PADDING)
 _TAGS = numbers(1)
 _VARYING = ("key_low", "key_high", "last", "tag", "batch", "total", "milli_first", "milli_second")
-
-
-@dataclass(frozen=True)
-class Fused:
-    """What one launch gives, on the device of the maps.
-
-    Attributes:
-        hidden: True where the encoder does not see the patch.
-        coverage: 0 .. 254.
-        num_hidden: Of each stratum.
-        clamped: 1 where a budget could not be met as asked.
-        absent: 1 where the window held a map value of 255, which cannot be pooled: such a sample's mask means nothing.
-        visible: Visible patches as ``sample * L + patch``, ascending, of all samples one after the other; what is
-            behind ``cu_seqlens[-1]`` is unwritten.
-        cu_seqlens: Where each sample's visible patches begin; the last is their number.
-    """
-
-    hidden: Bool[Tensor, "B L"]
-    coverage: UInt8[Tensor, "B L"]
-    num_hidden: Int32[Tensor, "B 2"]
-    clamped: UInt8[Tensor, "B"]
-    absent: UInt8[Tensor, "B"]
-    visible: Int32[Tensor, "B*L"]
-    cu_seqlens: Int32[Tensor, "B+1"]
 
 
 def draw_regions(
@@ -67,61 +45,50 @@ def draw_regions(
     counts: Counts,
     *,
     grid: tuple[int, int],
-    region_weights: Int32[Tensor, "K"] | None = None,
+    region_weights: Int64[Tensor, "K"] | None = None,
     seed_key: int,
     epoch: int,
     view: int = 0,
-) -> Fused:
-    """Pool, combine, count, draw and pack a batch.
+) -> DrawnOnDevice:
+    """Pool, combine, count, draw and pack a batch; the arguments are those of `stage2_pretrain.kernels.op.draw_hidden`.
 
-    Args:
-        maps: Region maps of the whole images, on a GPU (or on the CPU under ``TRITON_INTERPRET=1``).
-        windows: From `stage2_pretrain.window.draw_windows`. A patch must cover a map pixel in every one of them, which
-            `stage2_pretrain.checks.check_grid` makes sure of; nothing here can raise.
-        sample_keys: The bits of the unsigned keys.
-        stratum_of: Coverage -> stratum, 0 or 1.
-        weight_of: Coverage -> weight, 1 .. 2^24.
-        counts: How many to hide.
-        grid: Rows and columns of patches, at most 4096 together.
-        region_weights: Of a weighted mean of several regions, 0 .. 2^31 - 1, not all 0; None: the largest coverage.
-        seed_key: From `shared.rng.seed_key`.
-        epoch: 0 .. 2^24 - 1.
-        view: 0 .. 255.
+    The maps are on a GPU, the current one (or on the CPU under ``TRITON_INTERPRET=1``). A patch must cover a map pixel
+    in every window, which `stage2_pretrain.checks.check_grid` makes sure of; nothing that depends on values can raise.
 
     Raises:
-        UsageError: Too many patches, or an epoch or view out of range.
+        UsageError: Too many patches or map pixels, or an epoch or view out of range.
     """
     batch, regions, height, width = maps.shape
     patches = grid[0] * grid[1]
-    if not 1 <= patches <= PATCHES_MAX:
-        raise UsageError(f"grid {grid[0]}x{grid[1]}: {patches} patches, the fused sampler takes 1 to {PATCHES_MAX}")
+    if not 1 <= patches <= FUSED_PATCHES_MAX:
+        raise UsageError(
+            f"grid {grid[0]}x{grid[1]}: {patches} patches, the fused sampler takes 1 to {FUSED_PATCHES_MAX}"
+        )
+    if height * width > MAP_PIXELS_MAX:
+        raise UsageError(f"maps of {height}x{width} pixels: the fused sampler takes {MAP_PIXELS_MAX} of a region")
     if not 0 <= epoch < EPOCHS_MAX or not 0 <= view < VIEWS_MAX:
         raise UsageError(f"epoch {epoch}, view {view}: expected epoch < 2^24 and view < 256")
-    device = maps.device
-
-    def empty(*shape: int, dtype: torch.dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=device)
-
-    hidden, coverage = (empty(batch, patches, dtype=torch.uint8) for _ in range(2))
-    num_hidden = empty(batch, 2, dtype=torch.int32)
-    clamped, absent = (empty(batch, dtype=torch.uint8) for _ in range(2))
-    visible, cu_seqlens = empty(batch * patches, dtype=torch.int32), empty(batch + 1, dtype=torch.int32)
+    made = allocate(maps, patches)
+    if batch == 0:
+        made.cu_seqlens.zero_()
+        return made
     block = max(16, triton.next_power_of_2(patches))
     _draw[(batch,)](
         maps.contiguous(),
         windows.contiguous(),
         sample_keys.contiguous(),
-        stratum_of,
-        weight_of,
-        weight_of if region_weights is None else region_weights,
-        hidden,
-        coverage,
-        num_hidden,
-        clamped,
-        absent,
-        visible,
-        cu_seqlens,
-        _published(batch, device),
+        stratum_of.contiguous(),
+        weight_of.contiguous(),
+        weight_of if region_weights is None else region_weights.contiguous(),
+        made.hidden.view(torch.uint8),
+        made.coverage,
+        made.num_patches,
+        made.num_hidden,
+        made.clamped.view(torch.uint8),
+        made.absent.view(torch.uint8),
+        made.visible,
+        made.cu_seqlens,
+        _published(batch, maps.device),
         _signed(seed_key),
         _signed(seed_key >> 32),
         _signed(epoch | view << 24),
@@ -140,7 +107,7 @@ def draw_regions(
         **shape_of(block),
         enable_fp_fusion=False,
     )
-    return Fused(hidden.view(torch.bool), coverage, num_hidden, clamped, absent, visible, cu_seqlens)
+    return made
 
 
 def shape_of(block: int) -> dict[str, int]:
@@ -153,14 +120,22 @@ def _signed(word: int) -> int:
     return ((word & 0xFFFFFFFF) ^ 0x80000000) - 0x80000000
 
 
-_WORDS: dict[torch.device, Int64[Tensor, "B"]] = {}
+_WORDS: dict[tuple[torch.device, int], Int64[Tensor, "B"]] = {}
 
 
 def _published(batch: int, device: torch.device) -> Int64[Tensor, "B"]:
-    """Words that programs publish their counts in; kept, for their tags make clearing needless."""
-    if device not in _WORDS or len(_WORDS[device]) < batch:
-        _WORDS[device] = torch.zeros(batch, dtype=torch.int64, device=device)
-    return _WORDS[device]
+    """Words that programs publish their counts in; kept, for their tags make clearing needless.
+
+    A stream has its own, since launches on two of them may run at once. In a graph under capture they are cleared
+    every time, for a replay brings the same tag again.
+    """
+    on_gpu = device.type == "cuda"
+    if on_gpu and torch.cuda.is_current_stream_capturing():
+        return torch.zeros(batch, dtype=torch.int64, device=device)
+    key = device, torch.cuda.current_stream(device).cuda_stream if on_gpu else 0
+    if key not in _WORDS or len(_WORDS[key]) < batch:
+        _WORDS[key] = torch.zeros(batch, dtype=torch.int64, device=device)
+    return _WORDS[key]
 
 
 @triton.jit(do_not_specialize=_VARYING)
@@ -173,6 +148,7 @@ def _draw(  # type: ignore[no-untyped-def]
     region_weights,
     hidden_out,
     coverage_out,
+    num_patches_out,
     num_hidden_out,
     clamped_out,
     absent_out,
@@ -273,8 +249,11 @@ def _draw(  # type: ignore[no-untyped-def]
     if total >= 0:
         hide_first = tl.minimum(tl.maximum(asked, tl.maximum(total - num_second, 0)), tl.minimum(num_first, total))
         hide_second = total - hide_first
-    tl.store(num_hidden_out + 2 * b, hide_first)
-    tl.store(num_hidden_out + 2 * b + 1, hide_second)
+    pair = b.to(tl.int64) * 2
+    tl.store(num_patches_out + pair, num_first)
+    tl.store(num_patches_out + pair + 1, num_second)
+    tl.store(num_hidden_out + pair, hide_first)
+    tl.store(num_hidden_out + pair + 1, hide_second)
     tl.store(clamped_out + b, (hide_first != asked).to(tl.uint8))
 
     # Philox words of four patches each, then race keys.
@@ -341,3 +320,6 @@ def _draw(  # type: ignore[no-untyped-def]
         tl.store(cu_seqlens_out + batch, start + kept)
     place = tl.cumsum(seen.to(tl.int32), 0) - 1
     tl.store(visible_out + start + place, b * PATCHES + patch, mask=seen)
+    # Padding, from the end: as many as are hidden, in the samples before and in this one before the patch.
+    gone = b * PATCHES - start + patch - place - 1
+    tl.store(visible_out + (batch * PATCHES - 1 - gone), _PADDING, mask=hidden)

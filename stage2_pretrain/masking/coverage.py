@@ -19,6 +19,8 @@ from shared.region_layout import ABSENT
 
 COVERAGE_MAX = 254
 """Probability 1 in a region map, and full coverage of a patch."""
+WEIGHTS_MAX = 1 << 55
+"""Of the sum of weights: times the largest coverage, it still is a number of 64 bits."""
 
 
 class CoverageOptions(Strict):
@@ -37,7 +39,8 @@ def region_weights(options: CoverageOptions, regions: Sequence[str]) -> Int64[np
     """Weights in the order of a store's regions, or None for ``max``.
 
     Raises:
-        ConfigError: A weight for a region that the store lacks, weights without 'weighted', or their sum is 0.
+        ConfigError: A weight for a region that the store lacks, weights without 'weighted', or a sum that is 0 or too
+            large.
     """
     unknown = sorted(set(options.weights) - set(regions))
     if unknown:
@@ -46,10 +49,12 @@ def region_weights(options: CoverageOptions, regions: Sequence[str]) -> Int64[np
         if options.weights:
             raise ConfigError("coverage.weights: given, but coverage.combine is 'max'; expected 'weighted'")
         return None
-    weights = np.array([options.weights.get(name, 0) for name in regions], np.int64)
-    if weights.sum() == 0:
+    weights = [options.weights.get(name, 0) for name in regions]
+    if sum(weights) == 0:
         raise ConfigError(f"coverage.weights: sum is 0; give a weight to one of {', '.join(regions)}")
-    return weights
+    if sum(weights) >= WEIGHTS_MAX:
+        raise ConfigError(f"coverage.weights: sum is {sum(weights)}; expected below 2^55")
+    return np.array(weights, np.int64)
 
 
 def pool(

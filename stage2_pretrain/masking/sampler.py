@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Bool, Int32, Int64, UInt8, UInt64
 
-from shared.errors import ConfigError
+from shared.errors import ConfigError, CorruptError
 from shared.rng import seed_key
 from stage2_pretrain.kernels import IMPLS
 from stage2_pretrain.kernels.reference import PATCHES_MAX
 from stage2_pretrain.masking.coverage import CoverageOptions, combine, pool, region_weights
 from stage2_pretrain.masking.plan import Policy, plan_batch
+
+if TYPE_CHECKING:  # whoever draws on the host alone, an audit say, loads no torch
+    from stage2_pretrain.kernels.drawn import DrawnOnDevice
+    from stage2_pretrain.masking.placed import Placed
 
 PURPOSE = "mask"
 
@@ -41,7 +45,10 @@ class Drawn:
 
 
 class MaskSampler:
-    """Draws masks by names: the same sample, seed, epoch and view give the same mask in any batch.
+    """Draws masks by names: the same sample, seed, epoch and view give the same mask in any batch, on any device.
+
+    On the host by `draw` and its parts; on the device of a batch's tensors by `draw_device`, without waiting for it.
+    With ``fused``, what is still drawn on the host, for a picture say, is drawn by ``cpu``: the bits are the same.
 
     Args:
         policy: Where and how many; where that changes, the policy of each epoch.
@@ -52,7 +59,8 @@ class MaskSampler:
         impl: Backend, a name in `IMPLS`.
 
     Raises:
-        ConfigError: A grid of no or too many patches, an unknown backend, or weights that do not fit the regions.
+        ConfigError: A grid of no or too many patches, an unknown backend, one that cannot run here, or weights that do
+            not fit the regions.
     """
 
     def __init__(
@@ -70,9 +78,17 @@ class MaskSampler:
         self._policy = policy
         self.grid = grid
         self.impl = impl
-        self._draw_hidden = IMPLS.load(impl)
+        if impl == "fused":
+            from stage2_pretrain.kernels.choice import resolve_impl
+
+            resolve_impl(impl, device="cuda", patches=grid[0] * grid[1])
+        self._draw_hidden = IMPLS.load("cpu" if impl == "fused" else impl)
         self._key = seed_key(PURPOSE, seed)
         self._weights = region_weights(coverage or CoverageOptions(), regions)
+        self._placed: Placed | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_placed": None}  # a loader's process has no use for a GPU's memory
 
     def policy_at(self, epoch: int) -> Policy:
         """Where and how many in an epoch, from 0."""
@@ -131,3 +147,51 @@ class MaskSampler:
         stratum = plan.stratum_of[plan.level]
         sizes = np.stack([(stratum == number).sum(1) for number in range(plan.num_hidden.shape[1])], axis=1)
         return Drawn(hidden, coverage, sizes, plan.num_hidden, plan.clamped, coverage.max(axis=1) == 0)
+
+    def draw_device(self, batch: dict[str, Any], epoch: int, view: int = 0) -> DrawnOnDevice:
+        """Draw the masks of a batch on the device of its tensors: by one launch on a GPU, by the host's code on a CPU.
+
+        The host does not wait for the device, but once an epoch to send it the policy's tables.
+
+        Args:
+            batch: ``maps`` uint8 [B, K, H, W], ``window`` int32 [B, 8], ``sample_key`` int64 [B], on one device.
+            epoch: As of `draw`.
+            view: As of `draw`.
+
+        Raises:
+            UsageError: Tensors of other kinds or shapes, or a policy's tables out of range.
+            ConfigError: As of `draw`, on a CPU alone: before, see `stage2_pretrain.checks.check_grid`.
+            CorruptError: Map value 255: an absent sample came in; on a CPU alone, elsewhere by `fetch`.
+        """
+        from stage2_pretrain.kernels.op import draw_hidden
+        from stage2_pretrain.masking.placed import place
+
+        maps, placed = batch["maps"], self._placed
+        if placed is None or (placed.epoch, placed.device) != (epoch, maps.device):
+            self._placed = placed = place(self.policy_at(epoch), self._weights, epoch, maps.device)
+        return draw_hidden(
+            maps,
+            batch["window"],
+            batch["sample_key"],
+            placed.stratum_of,
+            placed.weight_of,
+            placed.tables.counts,
+            grid=self.grid,
+            region_weights=placed.region_weights,
+            seed_key=self._key,
+            epoch=epoch,
+            view=view,
+        )
+
+    def fetch(self, drawn: DrawnOnDevice, epoch: int) -> Drawn:
+        """Bring what `draw_device` drew to the host, equal to what `draw` gives: waits for the device.
+
+        Raises:
+            CorruptError: Map value 255: an absent sample came in.
+        """
+        hidden, coverage, num_patches, num_hidden, clamped, absent = (part.cpu().numpy() for part in drawn[:6])
+        if absent.any():
+            raise CorruptError(f"region maps of batch item {absent.argmax()}: value 255 (absent) cannot be pooled")
+        strata = len(self.policy_at(epoch).strata)
+        sizes = num_patches[:, :strata].astype(np.int64)
+        return Drawn(hidden, coverage, sizes, num_hidden[:, :strata], clamped, coverage.max(axis=1) == 0)

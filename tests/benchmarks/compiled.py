@@ -22,8 +22,9 @@ CASES = [(7, 1, False), (14, 1, False), (14, 3, False), (14, 3, True), (16, 1, F
 CASES += [(22, 1, False), (28, 1, False), (32, 3, True), (45, 1, False), (64, 1, False)]
 POINTERS = {
     "maps": "*u8", "windows": "*i32", "sample_keys": "*i64", "stratum_of": "*u8", "weight_of": "*i32",
-    "region_weights": "*i32", "hidden_out": "*u8", "coverage_out": "*u8", "num_hidden_out": "*i32",
-    "clamped_out": "*u8", "absent_out": "*u8", "visible_out": "*i32", "cu_seqlens_out": "*i32", "published": "*i64",
+    "region_weights": "*i64", "hidden_out": "*u8", "coverage_out": "*u8", "num_patches_out": "*i32",
+    "num_hidden_out": "*i32", "clamped_out": "*u8", "absent_out": "*u8", "visible_out": "*i32",
+    "cu_seqlens_out": "*i32", "published": "*i64",
 }  # fmt: skip
 
 

@@ -1,8 +1,12 @@
-"""G3: microseconds a sample of the CPU sampler, beside the ways SparK and MAE draw theirs.
+"""G3: microseconds a sample of the CPU sampler, beside the ways SparK and MAE draw theirs. G4: of the GPU's, a batch.
 
 ``python -m tests.benchmarks.sampler --json [--quick]``. One thread each: a loader's worker has one. The peers are
 written after their papers' descriptions (SparK, arXiv 2301.03580; MAE, arXiv 2111.06377), batched, in torch: noise,
 argsort, scatter. They draw one stratum of equal weights; ours is timed on that, and on two weighted strata.
+
+G4 needs a GPU: from region maps to hidden patches, beside two regions ranked in torch, from the maps and (easier) from
+coverage already pooled; both timed by the device's own events. Maps of 256 pixels are 64 MiB a batch: what memory takes
+to read them is the floor.
 """
 
 from __future__ import annotations
@@ -19,12 +23,18 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
 
 from shared.rng import sample_keys, seed_key
 from stage2_pretrain.kernels import IMPLS
+from stage2_pretrain.masking.plan import build_policy
+from stage2_pretrain.masking.sampler import Drawn, MaskSampler
 
 BATCH, PATCHES, HIDDEN = 512, 196, 118
 GOALS = {"spark": 8.0, "mae": 12.0}
+GPU_BATCH, GPU_GOAL_US = 1024, 10.0
+GPU_SHAPES = [(7, 64), (14, 64), (7, 256), (14, 256)]
+"""Side of the grid, side of the maps."""
 
 
 def spark(batch: int, patches: int, hidden: int) -> Tensor:
@@ -42,6 +52,106 @@ def mae(batch: int, patches: int, hidden: int) -> Tensor:
     return marks.gather(1, restore).bool()
 
 
+def pooled(maps: Tensor, side: int) -> Tensor:
+    """Mean coverage of each patch, in [0, 254]."""
+    return adaptive_avg_pool2d(maps.float(), side).amax(1).flatten(1)
+
+
+def two_regions(coverage: Tensor) -> Tensor:
+    """Policy `region` at its defaults, in torch: noise ranked in each region, the lowest hidden, 600 of all."""
+    patches = coverage.shape[1]
+    total = (patches * 600 + 500) // 1000
+    inside = coverage >= 127
+    size = inside.sum(1)
+    count = ((size * 800 + 500) // 1000).clamp_min(total - patches + size)
+    count = torch.minimum(count, size.clamp_max(total))
+    noise = torch.rand_like(coverage)
+    hidden = torch.zeros_like(inside)
+    for region, number in ((inside, count), (~inside, total - count)):
+        rank = torch.where(region, noise, 2.0).argsort(dim=1).argsort(dim=1)
+        hidden |= rank < number[:, None]
+    return hidden
+
+
+def regions(side: int, map_px: int, device: str) -> tuple[MaskSampler, dict[str, Tensor]]:
+    """A sampler of policy `region`, and a batch of whole images with one round region each."""
+    rng = np.random.default_rng(side)
+    y, x = np.mgrid[:map_px, :map_px] / map_px
+    centre, radius = rng.uniform(0.2, 0.8, (2, GPU_BATCH, 1, 1)), rng.uniform(0.05, 0.5, (GPU_BATCH, 1, 1))
+    maps = np.uint8(254) * (np.hypot(y - centre[0], x - centre[1]) < radius).astype(np.uint8)
+    batch = {
+        "maps": torch.from_numpy(maps[:, None]),
+        "window": torch.tensor([[0, 0, 224, 224, 224, 224, 0, 0]], dtype=torch.int32).repeat(GPU_BATCH, 1),
+        "sample_key": torch.from_numpy(sample_keys(map(str, range(GPU_BATCH))).view(np.int64)),
+    }
+    sampler = MaskSampler(build_policy("region"), grid=(side, side), seed=1, regions=("region",))
+    return sampler, {name: part.to(device) for name, part in batch.items()}
+
+
+def is_right_on(device: str) -> bool:
+    """What the operator draws on a device is what the reference draws; the peer hides as many."""
+    for side in (7, 14):
+        sampler, batch = regions(side, 64, device)
+        drawn = sampler.fetch(sampler.draw_device(batch, 3), 3)
+        wanted = sampler.draw({name: part.cpu() for name, part in batch.items()}, 3)
+        peer = two_regions(torch.from_numpy(drawn.coverage).to(device).float())
+        same = all(np.array_equal(getattr(drawn, name), getattr(wanted, name)) for name in Drawn.__dataclass_fields__)
+        if not same or not np.array_equal(peer.sum(1).cpu(), drawn.hidden.sum(1)):
+            return False
+    return True
+
+
+def measure_on(device: str, repeats: int) -> list[dict[str, Any]]:
+    """Microseconds a batch, interleaved, after some rounds of warming up."""
+    rows = []
+    for side, map_px in GPU_SHAPES:
+        sampler, batch = regions(side, map_px, device)
+        maps = batch["maps"]
+        coverage = pooled(maps, side)
+
+        def ours(sampler: MaskSampler = sampler, batch: dict[str, Tensor] = batch) -> object:
+            return sampler.draw_device(batch, 3)
+
+        def torch_from_maps(maps: Tensor = maps, side: int = side) -> object:
+            return two_regions(pooled(maps, side))
+
+        def torch_from_coverage(coverage: Tensor = coverage) -> object:
+            return two_regions(coverage)
+
+        ways = {"fused": ours, "torch": torch_from_maps, "torch, from coverage": torch_from_coverage}
+        times: dict[str, list[float]] = {name: [] for name in ways}
+        for _ in range(repeats + 5):
+            for name, way in ways.items():
+                times[name].append(timed_us(way, device))
+        middle = {name: round(median(values[5:]), 2) for name, values in times.items()}
+        rows.append(
+            {
+                "patches": side * side,
+                "map_px": map_px,
+                "microseconds": middle,
+                "ratio": {name: round(middle[name] / middle["fused"], 1) for name in ways if name != "fused"},
+                "goal_us": GPU_GOAL_US,
+            }
+        )
+    return rows
+
+
+def timed_us(way: Callable[[], object], device: str) -> float:
+    """Microseconds that the device takes, without the host's time to ask for it where that is hidden behind work."""
+    if device == "cpu":
+        started = time.perf_counter()
+        way()
+        return (time.perf_counter() - started) * 1e6
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    torch.cuda._sleep(1_000_000)  # the host runs ahead, so that launches are not what is timed
+    begin.record()
+    way()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) * 1e3
+
+
 def arguments(strata: int) -> tuple[np.ndarray[Any, Any], ...]:
     """Level, tables, counts and keys of a batch: one stratum of equal weights, or two of unequal ones."""
     level = np.random.default_rng(strata).integers(0, 255, (BATCH, PATCHES), dtype=np.uint8)
@@ -57,7 +167,9 @@ def is_right() -> bool:
     names: dict[str, int] = {"seed_key": seed_key("mask", 1), "epoch": 7, "view": 0}
     ours, reference = IMPLS.load("cpu"), IMPLS.load("reference")
     same = all(np.array_equal(ours(*arguments(s), **names), reference(*arguments(s), **names)) for s in (1, 2))
-    return same and all(bool((way(BATCH, PATCHES, HIDDEN).sum(1) == HIDDEN).all()) for way in (spark, mae))
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    even = all(bool((way(BATCH, PATCHES, HIDDEN).sum(1) == HIDDEN).all()) for way in (spark, mae))
+    return same and even and all(map(is_right_on, devices))
 
 
 def measure(repeats: int) -> dict[str, list[float]]:
@@ -100,9 +212,13 @@ def main(given: Sequence[str] | None = None) -> None:
             }
             for peer, goal in GOALS.items()
         }
+        result["G4"] = "not measured: no GPU"
+        if torch.cuda.is_available():
+            rows = measure_on("cuda", 50 if options.quick else 400)
+            result["G4"] = {"gpu": torch.cuda.get_device_name(), "batch": GPU_BATCH, "rows": rows}
         result["repeats"] = len(times["cpu"])
         result["shape"] = {"batch": BATCH, "patches": PATCHES, "hidden": HIDDEN, "threads": 1}
-        result["versions"] = {name: version(name) for name in ("torch", "numba", "numpy")}
+        result["versions"] = {name: version(name) for name in ("torch", "triton", "numba", "numpy")}
     print(json.dumps(result) if options.json else json.dumps(result, indent=1))
     sys.exit(0 if result["gate"] == "green" else 1)
 

@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[3]
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # two to seven minutes, by what else the machine does
 def test_the_interpreter_gives_the_bits_of_the_reference() -> None:
     command = [sys.executable, "-m", "pytest", "-n", "0", "tests/stage2_pretrain/kernels/interpreted_fused.py"]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
@@ -19,5 +20,5 @@ def test_the_interpreter_gives_the_bits_of_the_reference() -> None:
     assert done.returncode == 0, done.stdout[-6000:]
     passed = re.search(r"(\d+) passed", done.stdout)
     assert passed is not None
-    assert int(passed[1]) >= 14
+    assert int(passed[1]) >= 17
     assert "skipped" not in done.stdout

@@ -136,11 +136,20 @@ def test_weights_by_name() -> None:
         ({"combine": "weighted", "weights": {"lugn": 1}}, "coverage.weights.lugn: no such region"),
         ({"weights": {"lung": 1}}, "expected 'weighted'"),
         ({"combine": "weighted"}, "sum is 0"),
+        ({"combine": "weighted", "weights": {"lung": 1 << 55}}, "sum is 36028797018963968; expected below 2"),
+        ({"combine": "weighted", "weights": {"lung": 1 << 70}}, "expected below"),
     ],
 )
 def test_weights_that_cannot_be_meant_are_refused(options: dict[str, Any], match: str) -> None:
     with pytest.raises(ConfigError, match=match):
         region_weights(CoverageOptions(**options), ["lung"])
+
+
+def test_the_largest_weights_are_exact() -> None:
+    weights = region_weights(
+        CoverageOptions(combine="weighted", weights={"lung": (1 << 55) - 2, "heart": 1}), ["heart", "lung"]
+    )
+    assert combine(np.array([[[0, 254], [254, 0]]], np.uint8), weights).tolist() == [[254, 0]]
 
 
 def test_mean_is_rounded_half_up() -> None:
