@@ -75,7 +75,9 @@ class PretrainConfig(Strict):
         "GPUs, and on CPUs with AVX512-BF16 or AMX; slower on others.",
     )
     impl: str = Field(
-        "auto", description="Backend of the mask sampler: auto, cpu or reference; all give the same bits. auto: cpu."
+        "auto",
+        description="Backend of the mask sampler: auto, cpu, fused or reference; all give the same bits. auto: fused on "
+        "a GPU with at most 4096 patches, else cpu.",
     )
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="Where to compute.")
     threads: int | Literal["auto"] = Field("auto", description="CPU threads; auto: the cores this process may use.")

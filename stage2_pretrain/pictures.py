@@ -50,10 +50,9 @@ def draw_examples(
     indices = [place[name] for name in names]
     batch = steps.dataset.batch(indices, epoch)
     step, image = steps.of(batch, indices, epoch), normalise(batch["image"])
-    if guide is not None:
-        step = steps.follow_teacher(step, guide, image)
+    step, visible = steps.draw(step, guide, image)
     hidden = step.masks.hidden.reshape(-1, *steps.sampler.grid)
-    drawn = restore(method.reconstruct(image, torch.from_numpy(~hidden).to(image.device))).clamp(0, 1).cpu()
+    drawn = restore(method.reconstruct(image, visible)).clamp(0, 1).cpu()
     regions = steps.dataset.store.regions
     return [
         Example(
@@ -85,7 +84,7 @@ def draw_strip(
         restore: The reverse.
     """
     image, hidden = batch.image[:_STRIP], batch.masks.hidden[:_STRIP].reshape(-1, *grid)
-    coverage = batch.coverage[:_STRIP].reshape(-1, *grid).astype(np.float32) / np.float32(COVERAGE_MAX)
+    coverage = batch.masks.coverage[:_STRIP].reshape(-1, *grid).astype(np.float32) / np.float32(COVERAGE_MAX)
     taken = normalise(image)
     drawn = restore(method.reconstruct(taken, torch.from_numpy(~hidden).to(taken.device))).clamp(0, 1).cpu()
     rows = [

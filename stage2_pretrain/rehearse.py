@@ -66,6 +66,7 @@ def rehearse(
     torch.set_num_threads(int(config.threads))
     try:
         run = prepare(config, store, images, out)
+        config = run.config
         samples = len(run.dataset) if count is None else count
         per_epoch = steps_per_epoch(samples, config.batch_size)
         standing, begun = "new", 0
@@ -85,8 +86,8 @@ def rehearse(
 
         def step(made: Step, index: int) -> Iterator[dict[str, Tensor]]:
             parts, _, masked = run.step(made)
+            yield from parts
             latest[:] = [masked]
-            return parts
 
         seconds = rehearse_steps(
             run.ready(),

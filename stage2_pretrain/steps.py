@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from itertools import tee
 from typing import Any
 
 import numpy as np
-from jaxtyping import UInt8, UInt64
+import torch
+from jaxtyping import Bool, UInt8, UInt64
 from torch import Tensor
 
 from shared import ranks
@@ -34,28 +36,29 @@ class Step:
 
     Attributes:
         image: [B, C, S, S] in [0, 1], on the CPU.
-        coverage: Mean coverage of each patch, 0 .. 254.
-        sample_keys: Names of the samples for a draw.
         epoch: From 0.
         sample_ids: One a row.
-        drawn: Its masks; None until a teacher has been asked, for a policy that follows one.
+        drawn: Its masks, or how to fetch them from where they were drawn; None before that.
+        inputs: What a draw on a device, or one that follows a teacher, is still to be made from: ``maps``, ``window``
+            and ``sample_key`` of the data set.
+        coverage: Of each patch, for a policy that follows a teacher.
         levels: What that policy made of the teacher's answer.
     """
 
     image: Tensor
-    coverage: UInt8[np.ndarray, "B L"]
-    sample_keys: UInt64[np.ndarray, "B"]
     epoch: int
     sample_ids: tuple[str, ...]
-    drawn: Drawn | None = None
+    drawn: Drawn | Callable[[], Drawn] | None = None
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)
+    coverage: UInt8[np.ndarray, "B L"] | None = None
     levels: UInt8[np.ndarray, "B L"] | None = None
 
-    @property
+    @cached_property
     def masks(self) -> Drawn:
-        """Its masks, which have been drawn."""
+        """Its masks on the host, which have been drawn."""
         if self.drawn is None:
             raise MwmError("a step whose masks have not been drawn: a bug")
-        return self.drawn
+        return self.drawn if isinstance(self.drawn, Drawn) else self.drawn()
 
 
 class Steps:
@@ -84,21 +87,43 @@ class Steps:
         return self.of(self.dataset.batch(indices, epoch), indices, epoch)
 
     def of(self, batch: Mapping[str, Any], indices: Sequence[int], epoch: int) -> Step:
-        """Mask a batch of the data set, unless its policy follows a teacher: that is for `follow_teacher`."""
-        coverage = self.sampler.cover(np.asarray(batch["maps"]), np.asarray(batch["window"]))
-        keys = np.asarray(batch["sample_key"]).view(np.uint64)
+        """A step of a batch of the data set, with its masks where neither a device nor a teacher is to be asked."""
         names = tuple(self.dataset.sample_ids[index] for index in indices)
-        step = Step(batch["image"], coverage, keys, epoch, names)
-        if guide_of(self.sampler.policy_at(epoch)):
-            return step
-        return replace(step, drawn=self.sampler.draw_covered(coverage, keys, epoch))
+        inputs = {name: batch[name] for name in ("maps", "window", "sample_key")}
+        guided = guide_of(self.sampler.policy_at(epoch)) is not None
+        if self.sampler.impl == "fused" and not guided:
+            return Step(batch["image"], epoch, names, inputs=inputs)
+        coverage = self.sampler.cover(np.asarray(inputs.pop("maps")), np.asarray(inputs.pop("window")))
+        if guided:
+            return Step(batch["image"], epoch, names, inputs=inputs, coverage=coverage)
+        return Step(batch["image"], epoch, names, self.sampler.draw_covered(coverage, _keys(inputs), epoch))
 
-    def follow_teacher(self, step: Step, guide: Guide, image: Tensor) -> Step:
-        """Draw the masks of a step by a teacher's scores of its images, given as the method takes them."""
-        policy: Any = self.sampler.policy_at(step.epoch)
-        levels = policy.levels(guide.score(image, step.sample_keys, step.epoch), step.coverage)
-        drawn = self.sampler.draw_covered(step.coverage, step.sample_keys, step.epoch, levels=levels)
-        return replace(step, drawn=drawn, levels=levels)
+    def draw(self, step: Step, guide: Guide | None, image: Tensor) -> tuple[Step, Bool[Tensor, "B gh gw"]]:
+        """Draw the masks of a step that has none yet.
+
+        Args:
+            step: From `make` or `of`.
+            guide: Whom the policy follows, if it does.
+            image: Of the step, as the method takes it, on its device.
+
+        Returns:
+            The step with its masks, and what they leave visible, on the device of the image.
+        """
+        grid = (-1, *self.sampler.grid)
+        if step.drawn is None and guide is None:
+            placed = {name: value.to(image.device, non_blocking=True) for name, value in step.inputs.items()}
+            there = self.sampler.draw_device(placed, step.epoch)
+            fetch = partial(self.sampler.fetch, there, step.epoch)  # waits for the device: not before it must
+            return replace(step, drawn=fetch), ~there.hidden.view(grid)
+        if step.drawn is None:
+            assert guide is not None
+            assert step.coverage is not None
+            policy: Any = self.sampler.policy_at(step.epoch)
+            keys = _keys(step.inputs)
+            levels = policy.levels(guide.score(image, keys, step.epoch), step.coverage)
+            drawn = self.sampler.draw_covered(step.coverage, keys, step.epoch, levels=levels)
+            step = replace(step, drawn=drawn, levels=levels)
+        return step, torch.from_numpy(~step.masks.hidden).view(grid).to(image.device)
 
     def begin(self, begun: int) -> Iterator[tuple[Step, tuple[str, ...]]]:
         """Endless steps after the first ``begun``: this process's share of each, and the sample ids of the whole."""
@@ -115,6 +140,10 @@ class Steps:
         with closing(load_ahead(self.make, shares, workers=workers)) as made:
             for step, (_, whole) in zip(made, wholes, strict=False):
                 yield step, tuple(names[index] for index in whole)
+
+
+def _keys(inputs: Mapping[str, Tensor]) -> UInt64[np.ndarray, "B"]:
+    return np.asarray(inputs["sample_key"]).view(np.uint64)
 
 
 @dataclass

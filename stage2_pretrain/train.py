@@ -35,6 +35,7 @@ from stage2_pretrain.checks import check_grid, check_ranks, check_strided
 from stage2_pretrain.config import PretrainConfig
 from stage2_pretrain.data import RegionDataset
 from stage2_pretrain.guide import Guide
+from stage2_pretrain.kernels.choice import resolve_impl
 from stage2_pretrain.masking.plan import build_policy, guide_of, maps_of
 from stage2_pretrain.masking.spec import MaskSpec, mask_section, mask_spec
 from stage2_pretrain.methods import METHODS
@@ -83,7 +84,7 @@ def pretrain(
         with Lease(out) if ranks.rank() == 0 else nullcontext():
             run = prepare(config, store, images, out)
             inputs = (Input(role="regions", kind="region-store", artifact_id=store.card.artifact_id),)
-            told: dict[str, Any] = {"spec": run.spec, "resolved": scrub(dump_yaml(config)), "fresh": fresh}
+            told: dict[str, Any] = {"spec": run.spec, "resolved": scrub(dump_yaml(run.config)), "fresh": fresh}
             card = ranks.from_first(lambda: begin(out, kind="encoder", inputs=inputs, **told)[1])
             if card is None:
                 with RunLog(out) if ranks.rank() == 0 else ranks.Unheard(out) as log:
@@ -104,15 +105,13 @@ def pretrain(
 
 
 def resolve(config: PretrainConfig) -> PretrainConfig:
-    """Replace every ``auto`` and fill in the method's own defaults.
+    """Replace every ``auto`` but that of ``impl``, which the grid decides, and fill in the method's own defaults.
 
     Raises:
         ConfigError: An unknown method, or settings that it does not take.
     """
     options = validate(METHODS.load(config.method["name"]).Options, config.method_options)
     update: dict[str, Any] = {"method": {"name": config.method["name"], **options.model_dump(mode="json")}}
-    if config.impl == "auto":
-        update["impl"] = "cpu"
     if config.ema is None and guide_of(build_policy(config.policy["name"], config.policy_options)):
         update["ema"] = TEACHER_DECAY
     if config.device == "auto":
@@ -157,10 +156,8 @@ class Run:
             each image the encoder gets to see; the step with its masks.
         """
         image = self.normalise(batch.image)
-        if self.guide is not None:
-            with self.autocast():
-                batch = self.steps.follow_teacher(batch, self.guide, image)
-        visible = torch.from_numpy(~batch.masks.hidden).view(-1, *self.masks.grid).to(self.config.device)
+        with self.autocast():
+            batch, visible = self.steps.draw(batch, self.guide, image)
         return self._parts(image, visible), visible, batch
 
     def _parts(self, image: Tensor, visible: Bool[Tensor, "B gh gw"]) -> Iterator[dict[str, Tensor]]:
@@ -217,6 +214,8 @@ def prepare(config: PretrainConfig, store: RegionStore, images: Path, out: Path)
     )
     part = METHODS.load(config.method["name"])
     method = part(validate(part.Options, config.method_options), backbone, size_px=config.size_px, seed=config.seed)
+    impl = resolve_impl(config.impl, device=config.device, patches=method.grid[0] * method.grid[1])
+    config = config.model_copy(update={"impl": impl})
     policy = build_policy(config.policy["name"], config.policy_options)
     check_grounder = getattr(policy, "check_grounder", None)
     if check_grounder is not None:
@@ -316,9 +315,9 @@ def _train(run: Run, log: RunLog) -> tuple[Tally, Fitted]:
 
     def step(batch: Step, index: int) -> Iterator[dict[str, Tensor]]:
         parts, visible, masked = run.step(batch)
+        yield from parts
         tally.add(masked, visible)
         latest[:] = [masked]
-        return parts
 
     def after_step(done: int, scalars: dict[str, float]) -> None:
         if done % run.steps_per_epoch == 0:

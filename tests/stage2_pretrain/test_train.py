@@ -24,6 +24,9 @@ from shared.regions import open_region_store
 from shared.runlog import read_metrics
 from stage2_pretrain import train
 from stage2_pretrain.config import PretrainConfig
+from stage2_pretrain.kernels import choice
+from stage2_pretrain.masking.sampler import MaskSampler
+from stage2_pretrain.pictures import read_examples
 from stage2_pretrain.redraw import redraw_one
 from stage2_pretrain.train import prepare, pretrain, resolve
 from stage2_pretrain.witness import read_witnesses, redraw
@@ -288,6 +291,20 @@ def test_masks_by_another_sample_s_maps_draw_again(whole: Artifact, corpus: Path
     assert sorted(mask.maps_of for mask in masks) == [f"{row:02}.png" for row in range(COUNT) if row != 5]
     assert masks[0].maps_of != "00.png"
     assert (masks[0].maps == store.maps([store.row(masks[0].maps_of)])[0]).all()
+
+
+def test_masks_drawn_on_the_device_of_the_encoder_are_the_same(
+    whole: Artifact, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, but for the device: the operator's own code for a CPU draws."""
+    with pytest.raises(ConfigError, match="impl: fused, but device is cpu; expected cuda"):
+        run(corpus, tmp_path / "refused", impl="fused")
+    monkeypatch.setattr(choice, "_against_fused", lambda device, patches: None)
+    monkeypatch.setattr(MaskSampler, "cover", None)  # the loader pools nothing
+    made = run(corpus, tmp_path / "out", loader_workers=1)
+    assert yaml.safe_load((made.path / "run/resolved.yaml").read_text())["impl"] == "fused"
+    assert made.card.artifact_id == whole.card.artifact_id
+    assert read_examples(made.path)[0].hidden.tolist() == read_examples(whole.path)[0].hidden.tolist()
 
 
 def test_masks_that_follow_a_teacher_draw_again_and_survive_a_kill(corpus: Path, tmp_path: Path) -> None:
