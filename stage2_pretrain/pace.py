@@ -10,7 +10,7 @@ from typing import TypeVar
 from shared.runlog import read_timings
 
 T = TypeVar("T")
-_SHOWN = {"images_per_s": "images a second", "data_wait_share": "share of the time lost to data"}
+_SHOWN = {"images_per_s": ("images a second", 1), "data_wait_share": ("time lost to data, %", 100)}
 
 
 class Pace:
@@ -53,6 +53,9 @@ def pace_curves(out: Path) -> dict[str, tuple[list[float], list[float]]]:
     """What a run's epochs recorded of it: label -> epochs and values."""
     rows = [row for row in read_timings(out) if "epoch" in row]
     return {
-        label: ([row["epoch"] for row in rows if name in row], [row[name] for row in rows if name in row])
-        for name, label in _SHOWN.items()
+        label: (
+            [row["epoch"] for row in rows if name in row],
+            [round(factor * row[name], 2) for row in rows if name in row],
+        )
+        for name, (label, factor) in _SHOWN.items()
     }

@@ -75,5 +75,5 @@ def test_of_an_epoch_done_twice_the_last_is_shown(tmp_path: Path) -> None:
     write(3, 4, 100.0)
     curves = pace_curves(tmp_path)
     assert curves["images a second"] == ([1, 2, 3, 4], [10.0, 20.0, 300.0, 400.0])
-    assert curves["share of the time lost to data"] == ([1, 2, 3, 4], [0.25] * 4)
+    assert curves["time lost to data, %"] == ([1, 2, 3, 4], [25.0] * 4)
     assert [value for _, value in points(tmp_path)["images_per_s"]] == [10.0, 20.0, 300.0, 400.0]

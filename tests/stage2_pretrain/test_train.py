@@ -132,7 +132,7 @@ def test_epochs_tell_how_fast_they_were_and_the_report_draws_it(whole: Artifact)
     for name in ("images_per_s", "data_wait_share"):
         assert found[name] == [(row["step"], np.float32(row[name])) for row in rows]
     report = (whole.path / "report.html").read_text()
-    for label in ("images a second", "share of the time lost to data"):
+    for label in ("images a second", "time lost to data, %"):
         assert f"{label} over epoch" in report
 
 
