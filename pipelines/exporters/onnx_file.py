@@ -10,7 +10,8 @@ import json
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -136,8 +137,10 @@ def _serialised(source: Exportable) -> bytes:
                 verbose=False,
             )
         except torch.onnx.errors.OnnxExporterError as error:
-            name, told = source.config["architecture"], str(error).splitlines()[0]
-            raise UsageError(f"torch {torch.__version__} cannot write '{name}' as ONNX: {told}") from None
+            name, told = source.config["architecture"], str(error.__cause__ or error).strip().splitlines()
+            raise UsageError(
+                f"torch {torch.__version__} cannot write '{name}' as ONNX: {' '.join(told[:1])}"
+            ) from error
     assert program is not None
     return _plain(program.model_proto, facts(source))
 
@@ -172,7 +175,7 @@ def _quiet() -> Iterator[None]:
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:

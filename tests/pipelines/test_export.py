@@ -329,3 +329,20 @@ def test_an_export_says_what_to_install(golden: Path, mwm, monkeypatch: pytest.M
     assert code == 2
     assert "onnxscript not installed" in err
     assert "mask-what-matters[onnx]" in err
+
+
+@pytest.mark.slow
+def test_what_has_no_onnx_form_is_the_users_to_know(
+    needs_onnx, golden: Path, mwm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from timm.models.resnet import ResNet
+
+    def opaque(self: Any, image: torch.Tensor, **_: Any) -> Any:
+        raise RuntimeError("an operation of its own")
+
+    monkeypatch.setattr(ResNet, "forward_intermediates", opaque)
+    code, out, err = mwm("export", golden / "encoder", "--to", "onnx", "--out", golden / "x")
+    assert (code, out) == (2, "")
+    assert "cannot write 'resnet18' as ONNX: an operation of its own" in err
+    assert len(err.splitlines()) == 1
+    assert not (golden / "x").exists()

@@ -1,17 +1,21 @@
 """The model card: a hub can read its head, its code runs, it tells the lineage and no sample."""
 
+import hashlib
+import json
 import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import rfc8785
 from huggingface_hub import ModelCard
 
 from pipelines.exportable import open_exportable
 from pipelines.lineage import Lineage, trace
 from pipelines.model_card import model_card, packaged_terms, uses_lite
 from shared.artifact import Card, read_card
+from shared.errors import UsageError
 from tests.pipelines.exports import GOLDEN
 
 ENCODER = GOLDEN / "encoder"
@@ -83,6 +87,18 @@ def test_a_store_that_is_not_at_hand_is_said_and_can_be_given(tmp_path: Path, mw
     )
     assert (code, err) == (0, "")
     assert "**bright**: disc" in (tmp_path / "y" / "README.md").read_text()
+
+
+def test_another_store_is_not_taken_for_the_encoders(tmp_path: Path) -> None:
+    shutil.copytree(GOLDEN / "regions", tmp_path / "other")
+    body = json.loads((tmp_path / "other" / "artifact.json").read_bytes())
+    body["identity"]["spec"]["regions"][0]["texts"] = ["another"]
+    body["artifact_id"] = hashlib.sha256(rfc8785.dumps(body["identity"])).hexdigest()
+    del body["card_sha256"]
+    body["card_sha256"] = hashlib.sha256(rfc8785.dumps(body)).hexdigest()
+    (tmp_path / "other" / "artifact.json").write_bytes(rfc8785.dumps(body))
+    with pytest.raises(UsageError, match="the encoder was made from e0fd765ffd57f266"):
+        trace(ENCODER, read_card(ENCODER), tmp_path / "other")
 
 
 def test_a_model_tells_its_scores_classes_and_encoder(tmp_path: Path) -> None:
