@@ -54,6 +54,7 @@ class Found:
 
 def tables() -> dict[str, Registry]:
     """Every table of parts, by the plural of what it holds."""
+    from pipelines.exporters import EXPORTERS
     from stage1_localize.grounders import GROUNDERS
     from stage1_localize.segmenters import SEGMENTERS
     from stage2_pretrain.kernels import IMPLS
@@ -68,10 +69,11 @@ def tables() -> dict[str, Registry]:
         "samplers": IMPLS,
         "methods": METHODS,
         "tasks": TASKS,
+        "exporters": EXPORTERS,
     }
 
 
-KINDS = ("recipes", "grounders", "segmenters", "policies", "samplers", "methods", "tasks")
+KINDS = ("recipes", "grounders", "segmenters", "policies", "samplers", "methods", "tasks", "exporters")
 
 
 def list_parts(kind: str) -> list[Part]:
@@ -88,7 +90,7 @@ def describe(home: str) -> str:
     Where the module says nothing, the attribute's; empty if that is silent too, or the source is not to be found.
     """
     module, _, attribute = home.partition(":")
-    path = _source(module)
+    path = source_file(module)
     try:
         tree = ast.parse(path.read_text(encoding="utf-8")) if path is not None else ast.Module([], [])
     except (OSError, SyntaxError, ValueError):
@@ -146,8 +148,8 @@ def _comment(recipe: Path) -> str:
     return " ".join(line.lstrip("# ") for line in lines[:first]).split(". ")[0].rstrip(".") + "."
 
 
-def _source(module: str) -> Path | None:
-    """File of a module, found without importing it or the packages above it."""
+def source_file(module: str) -> Path | None:
+    """File of a module, found without importing it or the packages above it; None where there is none."""
     places: Any = None
     spec = None
     name = ""

@@ -108,6 +108,14 @@ def check_artifact(reference: str, kind: str) -> None:
         )
 
 
+def check_exportable(reference: str) -> None:
+    """Refuse a file or a folder of artifacts where an encoder or a model is expected, and say where one may be."""
+    path = Path(reference.partition("@sha256:")[0])
+    refuse_file(path)
+    if not (path / "artifact.json").is_file():
+        check_artifact(reference, "encoder")
+
+
 def refuse_file(path: Path) -> None:
     """Raise UsageError for a file where an artifact's folder is expected."""
     if path.is_file():

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from pipelines.options import AsJson, Quiet, Verbose, command_told, print_json, refuse_file
+from pipelines.options import AsJson, Quiet, Verbose, check_exportable, command_told, print_json, refuse_file
 
 
 def audit(
@@ -65,6 +65,32 @@ def inspect(
             typer.echo(f"{key:<{width}}  {value}")
     if not same:
         raise DriftError(f"sample {sample!r}: {facts['witness']}", hint="mwm audit PATH --level masks checks them all")
+
+
+def export(
+    artifact: Annotated[str, typer.Argument(help="An encoder or a model, PATH or PATH@sha256:... to pin it.")],
+    to: Annotated[str, typer.Option(help="timm, huggingface or onnx.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; absent or empty.")],
+    regions: Annotated[Path | None, typer.Option(help="The region store of an encoder, if not beside it.")] = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write an encoder or a model for timm, Hugging Face or ONNX; it is loaded back and compared first."""
+    from pipelines.export import export as run
+
+    check_exportable(artifact)
+    made = run(artifact, to=to, out=out, regions=regions)
+    if made.missing is not None:
+        typer.echo(f"warning: {made.missing}: the model card says less (--regions)", err=True)
+    if as_json:
+        return print_json(made.as_dict())
+    typer.echo(f"made: {made.to} export of the {made.kind} ({', '.join(made.files)})")
+    typer.echo(f"where: {made.path}")
+    typer.echo(f"digest: sha256:{made.artifact_id} (of the {made.kind})")
+    typer.echo(f"compared: {'; '.join(made.lines)}")
+    typer.echo(f"next: {made.path / 'README.md'} says how to load it; state there the licence of your data")
+    return None
 
 
 def doctor(as_json: AsJson = False, verbose: Verbose = False) -> None:

@@ -212,6 +212,9 @@ class Unheard(RunLog):
     def metric(self, step: int, **values: Any) -> None:
         """Nothing."""
 
+    def timing(self, step: int, **values: Any) -> None:
+        """Nothing."""
+
     def picture(self, step: int, name: str, pixels: Callable[[], Any]) -> None:
         """Nothing."""
 

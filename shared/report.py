@@ -76,6 +76,7 @@ def pretrain_report(
     facts: Mapping[str, object],
     warnings: Sequence[str] = (),
     settings: Mapping[str, object] | None = None,
+    pace: Series | None = None,
 ) -> str:
     """Report of stage 2.
 
@@ -86,10 +87,11 @@ def pretrain_report(
         facts: Counts and settings worth a glance.
         warnings: What a reader should act upon.
         settings: Dotted key -> value, as resolved.
+        pace: Name (throughput, share of time lost) -> epochs and values; a chart each.
     """
     sections = [
         Section("What the encoder saw and what it filled in", gallery(examples)),
-        _training(curves, hidden),
+        _training(curves, hidden, pace),
         _left_out({}, warnings),
     ]
     if settings:
@@ -251,9 +253,11 @@ def _coverage(coverage: Mapping[str, Sequence[float]]) -> Section:
     )
 
 
-def _training(curves: Series, hidden: Series) -> Section:
+def _training(curves: Series, hidden: Series, pace: Series | None = None) -> Section:
     charts = [line_chart(curves, x_label="step", y_label="loss")]
     charts.append(line_chart(hidden, x_label="epoch", y_label="share hidden", zero=True))
+    for name, line in (pace or {}).items():
+        charts.append(line_chart({name: line}, x_label="epoch", y_label=name, zero=True))
     return Section("How pretraining went", _beside(charts))
 
 

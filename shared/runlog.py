@@ -1,4 +1,4 @@
-"""What a run says: lines on stderr, ``run/run.log``, ``run/metrics.jsonl``, and ``run/tb`` for TensorBoard.
+"""What a run says: lines on stderr and in files of `run/`: the log, metrics, timings, and `tb` for TensorBoard.
 
 Files never hold an absolute path: they are shown to others, and folders above a run are nobody's business.
 """
@@ -24,6 +24,9 @@ from shared.errors import InterruptedRun
 from shared.events import FOLDER, Events
 
 METRICS = "run/metrics.jsonl"
+TIMINGS = "run/timings.jsonl"
+"""What differs each time that a run is done; metrics are the same again."""
+
 LOG = "run/run.log"
 
 _ROOT = Path(__file__).resolve().parent.parent.as_posix() + "/"
@@ -136,6 +139,23 @@ class RunLog:
         row = {"step": step, **{name: _finite(value) for name, value in values.items()}}
         self._metrics.write(json.dumps(row) + "\n")
         self._metrics.flush()
+        self._plot(step, row)
+
+    def timing(self, step: int, **values: Any) -> None:
+        """Append one line to ``run/timings.jsonl``, and its numbers to TensorBoard's files.
+
+        Args:
+            step: Step that the values belong to; of two lines with one step the later one is read.
+            values: JSON values that are finite.
+        """
+        row = {"step": step, **values}
+        with (self.out / TIMINGS).open("a+b") as file:
+            file.seek(max(0, file.tell() - 1))
+            torn = file.read(1) not in (b"", b"\n")  # by a kill in the middle of a line
+            file.write(("\n" * torn + json.dumps(row) + "\n").encode())
+        self._plot(step, {name: value for name, value in row.items() if name != "epoch"})
+
+    def _plot(self, step: int, row: Mapping[str, Any]) -> None:
         kept = {name: value for name, value in row.items() if isinstance(value, int | float) and name != "step"}
         where = {name: kept.pop(name) for name in self._marks if name in kept}
         if (events := self._board(where)) is not None:
@@ -243,6 +263,13 @@ def read_metrics(out: Path) -> list[dict[str, Any]]:
     """The whole lines of a run's ``metrics.jsonl``; empty if there is none. `RunLog` counts those that are broken."""
     path = out / METRICS
     return _rows(path.read_bytes()) if path.exists() else []
+
+
+def read_timings(out: Path) -> list[dict[str, Any]]:
+    """The lines of a run's ``timings.jsonl`` by step, those of a part done twice as they were last."""
+    path = out / TIMINGS
+    rows = {row["step"]: row for row in _rows(path.read_bytes())} if path.exists() else {}
+    return [rows[step] for step in sorted(rows)]
 
 
 def scrub(text: str) -> str:

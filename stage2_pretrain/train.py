@@ -39,6 +39,7 @@ from stage2_pretrain.kernels.choice import resolve_impl
 from stage2_pretrain.masking.plan import build_policy, guide_of, maps_of
 from stage2_pretrain.masking.spec import MaskSpec, mask_section, mask_spec
 from stage2_pretrain.methods import METHODS
+from stage2_pretrain.pace import Pace, pace_curves
 from stage2_pretrain.pictures import draw_examples, draw_strip, write_examples
 from stage2_pretrain.steps import Step, Steps, Tally
 from stage2_pretrain.witness import WitnessRecorder
@@ -312,6 +313,7 @@ def _train(run: Run, log: RunLog) -> tuple[Tally, Fitted]:
     average = run.guide.teacher if run.guide else deepcopy(method) if config.ema else None
 
     latest: list[Step] = []
+    pace = Pace()
 
     def step(batch: Step, index: int) -> Iterator[dict[str, Tensor]]:
         parts, visible, masked = run.step(batch)
@@ -323,6 +325,7 @@ def _train(run: Run, log: RunLog) -> tuple[Tally, Fitted]:
         if done % run.steps_per_epoch == 0:
             epoch = done // run.steps_per_epoch
             log.metric(done, epoch=epoch, **tally.close_epoch())
+            log.timing(done, epoch=epoch, **pace.close_epoch())
             if epoch & (epoch - 1) == 0 or epoch == config.epochs:  # 1, 2, 4, 8, ...: most changes early
                 log.picture(done, "image, coverage, mask, reconstruction", strip)
 
@@ -332,7 +335,7 @@ def _train(run: Run, log: RunLog) -> tuple[Tally, Fitted]:
 
     fitted = fit(
         method,
-        run.steps.begin,
+        lambda begun: pace.follow(run.steps.begin(begun)),
         step,
         run.plan(),
         state=run.out / "run" / "state",
@@ -420,6 +423,7 @@ def _finish(run: Run, tally: Tally, fitted: Fitted, log: RunLog) -> tuple[dict[s
         examples=examples,
         facts=facts,
         warnings=log.warnings,
+        pace=pace_curves(run.out),
     )
     write_atomic(run.out / "report.html", report.encode())
     return outputs, metrics

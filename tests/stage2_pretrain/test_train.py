@@ -21,7 +21,7 @@ from shared.checkpoint import latest_state
 from shared.config import load
 from shared.errors import ConfigError, CorruptError, InterruptedRun, SpecMismatchError
 from shared.regions import open_region_store
-from shared.runlog import read_metrics
+from shared.runlog import read_metrics, read_timings
 from stage2_pretrain import train
 from stage2_pretrain.config import PretrainConfig
 from stage2_pretrain.kernels import choice
@@ -129,10 +129,23 @@ def test_epochs_tell_what_was_hidden(whole: Artifact) -> None:
         assert row["hidden_inside_share"] > row["hidden_outside_share"]
 
 
+def test_epochs_tell_how_fast_they_were_and_the_report_draws_it(whole: Artifact) -> None:
+    rows = read_timings(whole.path)
+    assert [(row["epoch"], row["step"]) for row in rows] == [(e, e * 2) for e in range(1, EPOCHS + 1)]
+    assert all(row["images_per_s"] > 0 and 0 <= row["data_wait_share"] < 1 for row in rows)
+    found = points(whole.path)
+    for name in ("images_per_s", "data_wait_share"):
+        assert found[name] == [(row["step"], np.float32(row[name])) for row in rows]
+    report = (whole.path / "report.html").read_text()
+    for label in ("images a second", "time lost to data, %"):
+        assert f"{label} over epoch" in report
+
+
 def same_events(out: Path, other: Path) -> None:
     """TensorBoard shows the same points and pictures of both runs, but for how fast they were."""
     one, two = points(out), points(other)
-    assert [step for step, _ in one.pop("img_per_s")] == [step for step, _ in two.pop("img_per_s")]
+    for name in ("img_per_s", "images_per_s", "data_wait_share"):
+        assert [step for step, _ in one.pop(name)] == [step for step, _ in two.pop(name)]
     assert one == two
     (strip,) = pictures(out)
     for (step, mine), (theirs, shown) in zip(pictures(out)[strip], pictures(other)[strip], strict=True):

@@ -1,0 +1,17 @@
+"""What `mwm export` can write. Add a file and one line here.
+
+An exporter is a function ``(source, folder) -> list[Difference]``: it writes a `pipelines.exportable.Exportable` into
+an empty folder, loads that back with the library that will read it, and says how far its outputs are from the
+original's.
+"""
+
+from shared.registry import Registry
+
+EXPORTERS = Registry(
+    "exporter",
+    {
+        "huggingface": "pipelines.exporters.hub_folder:export_huggingface",
+        "onnx": "pipelines.exporters.onnx_file:export_onnx",
+        "timm": "pipelines.exporters.timm_folder:export_timm",
+    },
+)
