@@ -40,7 +40,7 @@ def create_arrays(root: Path, layout: Layout) -> None:
     group = zarr.create_group(
         root, attributes={"mask-what-matters": {"version": 1, "regions": list(layout.regions), "encoding": encoding}}
     )
-    blosc = BloscCodec(cname="lz4", clevel=5, shuffle="noshuffle")
+    blosc = BloscCodec(cname="lz4hc", clevel=5, shuffle="noshuffle")
     for name, shape, codecs in (
         ("maps", layout.maps_shape, [blosc, Crc32cCodec()]),
         ("maps_quarter", layout.quarter_shape, [Crc32cCodec()]),
