@@ -24,6 +24,8 @@ from stage2_pretrain.samples import usable_samples
 from stage2_pretrain.window import WindowOptions
 from tests.conftest import ROOT
 from tests.stage2_pretrain.fake_store import FakeStore, write_images
+from tests.stage2_pretrain.stores import write_discs, write_store
+from tests.stage2_pretrain.test_train import run
 
 COUNT = 6
 SCRIPT = """
@@ -234,3 +236,23 @@ def test_killed_and_competing_writers_leave_nothing_that_is_believed(images: Pat
     assert [process.returncode for process in started] == [-signal.SIGKILL] * 2
     check_same(build(images, cache), plain)
     check_same(build(images, cache), plain)
+
+
+@pytest.mark.slow
+def test_a_run_has_the_same_id_with_it_and_its_place_stays_private(tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus"
+    write_discs(corpus / "images", 9)
+    write_store(corpus / "images", corpus / "regions", quarantined=(5,))
+    cache = str(tmp_path / "Jane Doe" / "cache")
+    made = [
+        run(corpus, tmp_path / name, **changes)
+        for name, changes in {
+            "without": {},
+            "filling": {"image_cache": cache, "cache_mib": 0},
+            "filled": {"image_cache": cache, "cache_mib": 0, "loader_workers": 1},
+        }.items()
+    ]
+    assert len({artifact.card.artifact_id for artifact in made}) == 1
+    assert (tmp_path / "Jane Doe").exists()
+    for path in (tmp_path / "filling").rglob("*"):
+        assert path.is_dir() or b"Jane Doe" not in path.read_bytes(), path
