@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,8 @@ _METADATA_BYTES_MAX = 1 << 20
 _FLAT_CHUNK = 1 << 16
 _OPEN_MAX = 192
 """Shard files that an array keeps open; a process may open 1024 on most systems."""
+_SLOW_S = 60e-6
+"""Above it, a row was waited for; from the page cache it takes half of it."""
 _SEPARATOR: dict[str, Any] = {"name": "default", "separator": "."}
 
 
@@ -158,7 +162,9 @@ class ShardedArray:
         if not known or self.rows_per_shard < 1:
             raise IncompatibleError(f"{folder.name}/zarr.json: stored in a way this release does not read")
         self._compressed = "blosc" in names
+        self._shards: dict[int, Shard] = {}
         self._opened: OrderedDict[int, Shard] = OrderedDict()
+        self._slow = False
 
     @property
     def shards(self) -> int:
@@ -183,7 +189,10 @@ class ShardedArray:
             What is the matter with each row that could not be read; its place in ``out`` is then undefined.
         """
         damaged: dict[int, ShardDamage] = {}
+        began = time.perf_counter()
         order = sorted(range(len(rows)), key=rows.__getitem__)
+        if self._slow:
+            self._announce(sorted(rows))
         for number, places in groupby(order, key=lambda place: rows[place] // self.rows_per_shard):
             wanted = list(places)
             try:
@@ -200,7 +209,14 @@ class ShardedArray:
                 else:
                     if checksums is not None:
                         checksums[place] = checksum
+        self._slow = len(rows) > 1 and time.perf_counter() - began > _SLOW_S * len(rows)
         return damaged
+
+    def _announce(self, rows: Sequence[int]) -> None:
+        """Let a disk, or a server, look for all rows at once, where the last ones had to be waited for."""
+        for row in rows:
+            with suppress(ShardDamage):
+                self._shard(row // self.rows_per_shard).announce(row % self.rows_per_shard)
 
     def check_shard(self, number: int) -> ShardDamage | None:
         """Whether every byte of a shard's file belongs to one of its rows or to its index."""
@@ -212,14 +228,14 @@ class ShardedArray:
         return None
 
     def _shard(self, number: int) -> Shard:
-        shard = self._opened.get(number)
+        shard = self._shards.get(number)
         if shard is None:
             path = shard_path(self.folder, number, len(self.shape) - 1)
-            shard = self._opened[number] = Shard(path, self.rows_per_shard)
-            if len(self._opened) > _OPEN_MAX:
-                self._opened.popitem(last=False)
-        else:
-            self._opened.move_to_end(number)
+            shard = self._shards[number] = Shard(path, self.rows_per_shard)
+        self._opened[number] = shard
+        self._opened.move_to_end(number)
+        if len(self._opened) > _OPEN_MAX:
+            self._opened.popitem(last=False)[1].close()
         return shard
 
 

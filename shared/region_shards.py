@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import os
 import struct
-import weakref
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +95,7 @@ def write_shard(path: Path, chunks: Iterable[bytes], rows_per_shard: int) -> Non
 
 
 class Shard:
-    """A shard file held open, and its index.
+    """A shard's index, and its file while it is held open.
 
     Args:
         path: The file.
@@ -110,15 +110,16 @@ class Shard:
     """
 
     def __init__(self, path: Path, rows_per_shard: int) -> None:
+        self._path = path
+        self._file: _File | None = None
+        length = rows_per_shard * 16 + _CRC.size
         try:
-            self._file = os.open(path, os.O_RDONLY)
-            weakref.finalize(self, os.close, self._file)
-            self.size = os.fstat(self._file).st_size
-            length = rows_per_shard * 16 + _CRC.size
+            file = self._open()
+            self.size = os.fstat(file).st_size
             if self.size < length:
                 raise IndexDamage("shard is shorter than its index")
-            data = os.pread(self._file, length, self.size - length)
-        except (FileNotFoundError, IsADirectoryError):
+            data = os.pread(file, length, self.size - length)
+        except IsADirectoryError:
             raise IndexDamage("missing") from None
         if google_crc32c.value(data) != _RESIDUE:
             raise IndexDamage("checksum of the shard's index differs")
@@ -130,14 +131,51 @@ class Shard:
         Raises:
             ShardDamage: Missing, or not within the file.
         """
-        offset, length = self.index.item(place, 0), self.index.item(place, 1)
-        if offset == _NO_CHUNK:
-            raise ShardDamage("its chunk is missing")
+        offset, length = self._span(place)
         # A file mapped into memory would save a copy, and kill the process where somebody cuts it short.
-        chunk = os.pread(self._file, length, offset) if offset + length <= self.size else b""
+        chunk = os.pread(self._open(), length, offset)
         if len(chunk) != length:
             raise ShardDamage("its chunk lies outside of the shard")
         return chunk
+
+    def announce(self, place: int) -> None:
+        """Have the kernel fetch a chunk that will soon be asked for; not to be relied on."""
+        with suppress(ShardDamage):
+            offset, length = self._span(place)
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(self._open(), offset, length, os.POSIX_FADV_WILLNEED)
+
+    def close(self) -> None:
+        """Give the file back, until it is read again."""
+        self._file = None
+
+    def _span(self, place: int) -> tuple[int, int]:
+        offset, length = self.index.item(place, 0), self.index.item(place, 1)
+        if offset == _NO_CHUNK:
+            raise ShardDamage("its chunk is missing")
+        if offset + length > self.size:
+            raise ShardDamage("its chunk lies outside of the shard")
+        return offset, length
+
+    def _open(self) -> int:
+        if self._file is None:
+            try:
+                self._file = _File(os.open(self._path, os.O_RDONLY))
+            except FileNotFoundError:
+                raise IndexDamage("missing") from None
+        return self._file.number
+
+
+class _File:
+    """A descriptor that is closed with its last reference."""
+
+    __slots__ = ("number",)
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __del__(self) -> None:
+        os.close(self.number)
 
 
 def check_tiling(shard: Shard, rows: int) -> None:
