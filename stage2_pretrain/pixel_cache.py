@@ -74,7 +74,7 @@ class PixelCache:
         data = os.pread(files[kind - 1], size, int(self._offsets[index]) * dtype.itemsize)
         if len(data) != size or self._crc(index, data) != crc:
             return None
-        return np.frombuffer(data, dtype).reshape(shape)
+        return np.frombuffer(data, dtype).reshape(shape).copy()  # torch warns of memory that can't be written
 
     def write(self, index: int, pixels: Pixels, pixel_sha256: str) -> None:
         """Keep a sample's pixels, if they are what the region store says that its image decodes to.

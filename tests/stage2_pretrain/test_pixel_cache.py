@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,8 @@ def test_nothing_is_decoded_twice_and_nothing_changes(
         with monkeypatch.context() as patched:
             patched.setattr("stage2_pretrain.data.read_image", lambda source: pytest.fail("decoded"))
             for epoch in (0, 1):
-                found = dataset.batch(range(COUNT), epoch)
+                with warnings.catch_warnings(action="error"):
+                    found = dataset.batch(range(COUNT), epoch)
                 assert all(torch.equal(found[key], wanted[epoch][key]) for key in found)
 
 
