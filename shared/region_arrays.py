@@ -9,22 +9,29 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int32, Int64, UInt16
+from jaxtyping import Int32, Int64, UInt16, UInt32
 
 from shared.artifact import file_sha256
 from shared.errors import CorruptError, IncompatibleError
 from shared.region_layout import ABSENT, ARRAYS, RESTORE, Layout
-from shared.region_shards import ShardDamage, check_tiling, decode_chunk, read_chunks, read_index
+from shared.region_shards import Shard, ShardDamage, check_tiling, decode_chunk
 
 DETECTIONS = ("boxes", "scores", "box_regions", "box_offsets")
 _METADATA_BYTES_MAX = 1 << 20
 _FLAT_CHUNK = 1 << 16
+_OPEN_MAX = 192
+"""Shard files that an array keeps open; a process may open 1024 on most systems."""
+_SLOW_S = 60e-6
+"""Above it, a row was waited for; from the page cache it takes half of it."""
 _SEPARATOR: dict[str, Any] = {"name": "default", "separator": "."}
 
 
@@ -37,7 +44,7 @@ def create_arrays(root: Path, layout: Layout) -> None:
     group = zarr.create_group(
         root, attributes={"mask-what-matters": {"version": 1, "regions": list(layout.regions), "encoding": encoding}}
     )
-    blosc = BloscCodec(cname="lz4", clevel=5, shuffle="noshuffle")
+    blosc = BloscCodec(cname="lz4hc", clevel=5, shuffle="noshuffle")
     for name, shape, codecs in (
         ("maps", layout.maps_shape, [blosc, Crc32cCodec()]),
         ("maps_quarter", layout.quarter_shape, [Crc32cCodec()]),
@@ -155,7 +162,9 @@ class ShardedArray:
         if not known or self.rows_per_shard < 1:
             raise IncompatibleError(f"{folder.name}/zarr.json: stored in a way this release does not read")
         self._compressed = "blosc" in names
-        self._indices: dict[int, np.ndarray[Any, Any]] = {}
+        self._shards: dict[int, Shard] = {}
+        self._opened: OrderedDict[int, Shard] = OrderedDict()
+        self._slow = False
 
     @property
     def shards(self) -> int:
@@ -166,49 +175,68 @@ class ShardedArray:
         """The file that holds a row."""
         return shard_path(self.folder, row // self.rows_per_shard, len(self.shape) - 1)
 
-    def read(self, rows: Sequence[int], out: np.ndarray[Any, Any]) -> dict[int, ShardDamage]:
+    def read(
+        self, rows: Sequence[int], out: np.ndarray[Any, Any], checksums: UInt32[np.ndarray, "n"] | None = None
+    ) -> dict[int, ShardDamage]:
         """Fill ``out[i]`` with row ``rows[i]``; any order, repeats allowed.
 
         Args:
             rows: In 0..N-1.
             out: uint8 [len(rows), *shape[1:]], contiguous.
+            checksums: Gets the crc32c of each chunk, which is right: by it a row is known again.
 
         Returns:
             What is the matter with each row that could not be read; its place in ``out`` is then undefined.
         """
         damaged: dict[int, ShardDamage] = {}
-        order = sorted(range(len(rows)), key=lambda place: rows[place])
-        for shard, places in groupby(order, key=lambda place: rows[place] // self.rows_per_shard):
+        began = time.perf_counter()
+        order = sorted(range(len(rows)), key=rows.__getitem__)
+        if self._slow:
+            self._announce(sorted(rows))
+        for number, places in groupby(order, key=lambda place: rows[place] // self.rows_per_shard):
             wanted = list(places)
-            path = shard_path(self.folder, shard, len(self.shape) - 1)
             try:
-                index = self._index(shard, path)
-                chunks = read_chunks(path, index, [rows[place] % self.rows_per_shard for place in wanted])
-                for place, chunk in zip(wanted, chunks, strict=True):
-                    try:
-                        if isinstance(chunk, ShardDamage):
-                            raise chunk
-                        decode_chunk(chunk, out[place], compressed=self._compressed)
-                    except ShardDamage as damage:
-                        damaged[rows[place]] = damage
+                shard = self._shard(number)
             except ShardDamage as damage:
                 damaged |= {rows[place]: damage for place in wanted}
+                continue
+            for place in wanted:
+                try:
+                    chunk = shard.chunk(rows[place] % self.rows_per_shard)
+                    checksum = decode_chunk(chunk, out[place], compressed=self._compressed)
+                except ShardDamage as damage:
+                    damaged[rows[place]] = damage
+                else:
+                    if checksums is not None:
+                        checksums[place] = checksum
+        self._slow = len(rows) > 1 and time.perf_counter() - began > _SLOW_S * len(rows)
         return damaged
 
-    def check_shard(self, shard: int) -> ShardDamage | None:
+    def _announce(self, rows: Sequence[int]) -> None:
+        """Let a disk, or a server, look for all rows at once, where the last ones had to be waited for."""
+        for row in rows:
+            with suppress(ShardDamage):
+                self._shard(row // self.rows_per_shard).announce(row % self.rows_per_shard)
+
+    def check_shard(self, number: int) -> ShardDamage | None:
         """Whether every byte of a shard's file belongs to one of its rows or to its index."""
-        path = shard_path(self.folder, shard, len(self.shape) - 1)
         try:
-            rows = min(self.rows_per_shard, self.shape[0] - shard * self.rows_per_shard)
-            check_tiling(path, read_index(path, self.rows_per_shard), rows)
+            rows = min(self.rows_per_shard, self.shape[0] - number * self.rows_per_shard)
+            check_tiling(self._shard(number), rows)
         except ShardDamage as damage:
             return damage
         return None
 
-    def _index(self, shard: int, path: Path) -> np.ndarray[Any, Any]:
-        if shard not in self._indices:
-            self._indices[shard] = read_index(path, self.rows_per_shard)
-        return self._indices[shard]
+    def _shard(self, number: int) -> Shard:
+        shard = self._shards.get(number)
+        if shard is None:
+            path = shard_path(self.folder, number, len(self.shape) - 1)
+            shard = self._shards[number] = Shard(path, self.rows_per_shard)
+        self._opened[number] = shard
+        self._opened.move_to_end(number)
+        if len(self._opened) > _OPEN_MAX:
+            self._opened.popitem(last=False)[1].close()
+        return shard
 
 
 def shard_path(array: Path, shard: int, axes: int) -> Path:

@@ -82,6 +82,12 @@ class PretrainConfig(Strict):
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="Where to compute.")
     threads: int | Literal["auto"] = Field("auto", description="CPU threads; auto: the cores this process may use.")
     cache_mib: int = runtime(1024, "Memory for decoded images and maps, in MiB; the rest is read every epoch.", ge=0)
+    image_cache: str = runtime(
+        "off",
+        "Folder for decoded images, read by later epochs and runs instead of decoding again; auto: one in the user's "
+        "cache folder; off: none. It holds patients' images: it is made for its owner alone, and yours to delete.",
+        min_length=1,
+    )
     loader_workers: int = runtime(
         0,
         "Processes that load images and draw masks; 0: a thread, enough where the report tells of little waiting. "

@@ -15,13 +15,13 @@ import torch
 from jaxtyping import Float32, Int32, Int64, UInt8
 from torch import Tensor
 from torch.nn.functional import interpolate
-from torch.utils.data import default_collate
 
+from shared.artifact import file_sha256
 from shared.errors import CorruptError, DecodeError, InputMissingError
 from shared.images import Source, find_sources, read_image
-from shared.merkle import row_digest
 from shared.rng import sample_keys
 from stage2_pretrain.masking.coverage import orient
+from stage2_pretrain.pixel_cache import PixelCache
 from stage2_pretrain.samples import image_sizes_px, usable_samples
 from stage2_pretrain.window import WindowOptions, draw_windows
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from shared.regions import RegionStore
 
 MEMORY_BYTES = 1 << 30
+_RESTORE = "restore the image, or localize again"
 _GREY = (0.299, 0.587, 0.114)
 """Weights of red, green and blue in grey (ITU-R BT.601)."""
 
@@ -52,6 +53,8 @@ class RegionDataset:
         maps_of: For so many samples, whose maps each is masked by; its own if not given.
         memory_bytes: Decoded images and maps are kept up to this size in all; 8-bit images stay 8-bit. Past it
             they are read again. Never changes what an item is.
+        pixel_cache: Of the samples with maps: decoded images are kept there too, and read from there. Whether the
+            file of one is still the one localized is then looked at once by each process.
 
     Attributes:
         sample_ids: Ids of the items.
@@ -78,6 +81,7 @@ class RegionDataset:
         seed: int,
         maps_of: Callable[[int], Int64[np.ndarray, "N"]] = np.arange,
         memory_bytes: int = MEMORY_BYTES,
+        pixel_cache: PixelCache | None = None,
     ) -> None:
         used = usable_samples(store)
         found = {source.sample_id: source for source in find_sources(images)}
@@ -105,7 +109,8 @@ class RegionDataset:
         self.extra = len(set(found) - {sample.sample_id for sample in store.samples})
         self._sources: list[Source] = [found[name] for name in self.sample_ids]
         self._sha256 = [sample.source_sha256 for sample in used]
-        self._maps_digests = [sample.maps_digest for sample in used]
+        self._pixel_cache = pixel_cache
+        self._found_sha256: dict[Path, str] = {}
         self._free_bytes = memory_bytes
         self._images: dict[int, UInt8[np.ndarray, "C H W"] | Float32[np.ndarray, "C H W"]] = {}
         self._maps: dict[int, UInt8[np.ndarray, "K h w"]] = {}
@@ -130,7 +135,7 @@ class RegionDataset:
         window = draw_windows(size, key, seed=self.seed, epoch=epoch, options=self.window)[0]
         return {
             "image": view_image(self._pixels(index), window, self.size_px, self.channels),
-            "maps": torch.from_numpy(self._region_maps(int(self.maps_of[index]))),
+            "maps": torch.from_numpy(self._region_maps([index])[0]),
             "window": torch.from_numpy(window),
             "sample_key": int(key.view(np.int64)[0]),
             "row": self.rows[index],
@@ -138,40 +143,85 @@ class RegionDataset:
         }
 
     def batch(self, indices: Sequence[int], epoch: int) -> dict[str, Any]:
-        """The samples of a batch as they are seen in an epoch, collated."""
-        collated: dict[str, Any] = default_collate([self.item(index, epoch) for index in indices])
-        return collated
+        """The samples of a batch as they are seen in an epoch: the values of `item`, stacked."""
+        chosen = list(indices)
+        keys = self.sample_keys[chosen]
+        windows = draw_windows(self.sizes_px[chosen], keys, seed=self.seed, epoch=epoch, options=self.window)
+        image = torch.empty(len(chosen), self.channels, self.size_px, self.size_px)
+        for place, index in enumerate(chosen):
+            image[place] = view_image(self._pixels(index), windows[place], self.size_px, self.channels)
+        return {
+            "image": image,
+            "maps": torch.from_numpy(self._region_maps(chosen)),
+            "window": torch.from_numpy(windows),
+            "sample_key": torch.from_numpy(keys.view(np.int64)),
+            "row": torch.tensor([self.rows[index] for index in chosen]),
+            "index": torch.tensor(chosen),
+        }
 
     def _pixels(self, index: int) -> UInt8[np.ndarray, "C H W"] | Float32[np.ndarray, "C H W"]:
         kept = self._images.get(index)
         if kept is not None:
             return kept
+        stored = None if self._pixel_cache is None else self._pixel_cache.read(index)
+        if stored is None:
+            stored = self._decode(index)
+        else:
+            self._check_file(index)
+        return self._keep(self._images, index, stored)
+
+    def _decode(self, index: int) -> UInt8[np.ndarray, "C H W"] | Float32[np.ndarray, "C H W"]:
         name = self.sample_ids[index]
-        hint = "restore the image, or localize again"
         try:
             image = read_image(self._sources[index])
         except DecodeError as error:
-            raise SourceChangedError(f"{name}: readable when localized, now {error.reason}", hint=hint) from None
-        if image.source_sha256 != self._sha256[index]:
-            raise SourceChangedError(
-                f"{name}: sha256 {image.source_sha256[:16]}..., localized {str(self._sha256[index])[:16]}...", hint=hint
-            )
+            raise SourceChangedError(f"{name}: readable when localized, now {error.reason}", hint=_RESTORE) from None
+        self._compare(index, image.source_sha256)
         if image.pixels.shape[1:] != tuple(self.sizes_px[index]):
-            raise SourceChangedError(f"{name}: decodes to {image.pixels.shape[1:]} px, not the size localized")
-        return self._keep(self._images, index, as_stored(image.pixels))
-
-    def _region_maps(self, index: int) -> UInt8[np.ndarray, "K h w"]:
-        kept = self._maps.get(index)
-        if kept is not None:
-            return kept
-        maps = np.ascontiguousarray(self.store.maps([self.rows[index]])[0])
-        # Checksums say that a chunk is whole, not whose it is: two shards exchanged by a copy pass them all.
-        if row_digest(maps).hex() != self._maps_digests[index]:
-            raise CorruptError(
-                f"row {self.rows[index]} ({self.sample_ids[index]}): its region maps are not those that were published",
-                hint="mwm audit names what changed; restore the region store from a copy, or localize again",
+            raise SourceChangedError(
+                f"{name}: decodes to {image.pixels.shape[1:]} px, not the size localized", hint=_RESTORE
             )
-        return self._keep(self._maps, index, maps)
+        stored = as_stored(image.pixels)
+        if self._pixel_cache is not None:
+            self._pixel_cache.write(index, stored, image.pixel_sha256)
+            self._found_sha256[self._sources[index].path] = image.source_sha256
+        return stored
+
+    def _check_file(self, index: int) -> None:
+        """Compare the file of an image that is not decoded with the one localized; each file is read once."""
+        path = self._sources[index].path
+        if path not in self._found_sha256:
+            try:
+                self._found_sha256[path] = file_sha256(path.resolve())
+            except OSError:
+                name = self.sample_ids[index]
+                raise SourceChangedError(f"{name}: readable when localized, now missing", hint=_RESTORE) from None
+        self._compare(index, self._found_sha256[path])
+
+    def _compare(self, index: int, found: str) -> None:
+        wanted = str(self._sha256[index])
+        if found != wanted:
+            raise SourceChangedError(
+                f"{self.sample_ids[index]}: sha256 {found[:16]}..., localized {wanted[:16]}...", hint=_RESTORE
+            )
+
+    def _region_maps(self, indices: Sequence[int]) -> UInt8[np.ndarray, "n K h w"]:
+        """Maps that some samples are masked by; those not kept are read together."""
+        whose = self.maps_of[list(indices)].tolist()
+        fresh = [place for place, index in enumerate(whose) if index not in self._maps]
+        read = self.store.maps([self.rows[whose[place]] for place in fresh])
+        if len(fresh) == len(whose):
+            out = read
+        else:
+            out = np.empty((len(whose), *read.shape[1:]), np.uint8)
+            for place, index in enumerate(whose):
+                if index in self._maps:
+                    out[place] = self._maps[index]
+            out[fresh] = read
+        for place, maps in zip(fresh, read, strict=True):
+            if whose[place] not in self._maps and maps.nbytes <= self._free_bytes:
+                self._keep(self._maps, whose[place], maps.copy())  # a view would keep the whole batch
+        return out
 
     def _keep(self, cache: dict[int, np.ndarray[Any, Any]], index: int, value: np.ndarray[Any, Any]) -> Any:
         if value.nbytes <= self._free_bytes:

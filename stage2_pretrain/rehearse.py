@@ -65,8 +65,8 @@ def rehearse(
     before = torch.get_num_threads()
     torch.set_num_threads(int(config.threads))
     try:
-        run = prepare(config, store, images, out)
-        config = run.config
+        run = prepare(config.model_copy(update={"image_cache": "off"}), store, images, out)
+        config = run.config.model_copy(update={"image_cache": config.image_cache})
         samples = len(run.dataset) if count is None else count
         per_epoch = steps_per_epoch(samples, config.batch_size)
         standing, begun = "new", 0

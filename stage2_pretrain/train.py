@@ -41,6 +41,8 @@ from stage2_pretrain.masking.spec import MaskSpec, mask_section, mask_spec
 from stage2_pretrain.methods import METHODS
 from stage2_pretrain.pace import Pace, pace_curves
 from stage2_pretrain.pictures import draw_examples, draw_strip, write_examples
+from stage2_pretrain.pixel_cache import open_pixel_cache
+from stage2_pretrain.samples import usable_samples
 from stage2_pretrain.steps import Step, Steps, Tally
 from stage2_pretrain.witness import WitnessRecorder
 
@@ -230,6 +232,7 @@ def prepare(config: PretrainConfig, store: RegionStore, images: Path, out: Path)
         seed=config.seed,
         maps_of=lambda samples: maps_of(policy, samples, config.seed),
         memory_bytes=(config.cache_mib << 20) // max(1, config.loader_workers),
+        pixel_cache=open_pixel_cache(config.image_cache, usable_samples(store), out),
     )
     if len(dataset) < 2:
         raise ConfigError(f"region store: {len(dataset)} sample with maps; a batch needs 2 or more")

@@ -14,3 +14,12 @@ IMPLS = Registry(
         "reference": "stage2_pretrain.kernels.reference:draw_hidden",
     },
 )
+
+POOLS = Registry(
+    "pool",
+    {
+        "cpu": "stage2_pretrain.kernels.pooling:pool",
+        "reference": "stage2_pretrain.masking.coverage:pool",
+    },
+)
+"""How coverage is pooled on the host, with the same bits: ``reference`` for that sampler, ``cpu`` for all others."""

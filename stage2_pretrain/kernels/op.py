@@ -14,10 +14,10 @@ from jaxtyping import Int32, Int64, UInt8
 from torch import Tensor
 
 from shared.errors import UsageError
-from stage2_pretrain.kernels import IMPLS
+from stage2_pretrain.kernels import IMPLS, POOLS
 from stage2_pretrain.kernels.drawn import PADDING, DrawnOnDevice, allocate
 from stage2_pretrain.masking.budget import Counts
-from stage2_pretrain.masking.coverage import combine, pool
+from stage2_pretrain.masking.coverage import combine
 
 _SCHEMA = (
     "(Tensor maps, Tensor windows, Tensor sample_keys, Tensor stratum_of, Tensor weight_of, Tensor? region_weights, "
@@ -105,6 +105,7 @@ def _draw_on_cpu(
     """The host's pooling, counts and draw, one after the other."""
     _check(maps, windows, sample_keys, stratum_of, weight_of, region_weights, grid)
     weights = None if region_weights is None else region_weights.numpy()
+    pool = POOLS.load("cpu")
     coverage = combine(pool(maps.numpy(), windows.numpy(), (grid[0], grid[1])), weights)
     patches = coverage.shape[1]
     inside = (stratum_of.numpy()[coverage] == 0).sum(1)

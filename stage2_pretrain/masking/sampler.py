@@ -11,9 +11,9 @@ from jaxtyping import Bool, Int32, Int64, UInt8, UInt64
 
 from shared.errors import ConfigError, CorruptError
 from shared.rng import seed_key
-from stage2_pretrain.kernels import IMPLS
+from stage2_pretrain.kernels import IMPLS, POOLS
 from stage2_pretrain.kernels.reference import PATCHES_MAX
-from stage2_pretrain.masking.coverage import CoverageOptions, combine, pool, region_weights
+from stage2_pretrain.masking.coverage import CoverageOptions, combine, region_weights
 from stage2_pretrain.masking.plan import Policy, plan_batch
 
 if TYPE_CHECKING:  # whoever draws on the host alone, an audit say, loads no torch
@@ -82,6 +82,7 @@ class MaskSampler:
             from stage2_pretrain.kernels.choice import resolve_impl
 
             resolve_impl(impl, device="cuda", patches=grid[0] * grid[1])
+        self._pool = POOLS.load("reference" if impl == "reference" else "cpu")
         self._draw_hidden = IMPLS.load("cpu" if impl == "fused" else impl)
         self._key = seed_key(PURPOSE, seed)
         self._weights = region_weights(coverage or CoverageOptions(), regions)
@@ -122,7 +123,7 @@ class MaskSampler:
 
     def cover(self, maps: UInt8[np.ndarray, "B K H W"], windows: Int32[np.ndarray, "B 8"]) -> UInt8[np.ndarray, "B L"]:
         """Coverage of each patch by the regions together, 0 .. 254; the same for every view."""
-        return combine(pool(maps, windows, self.grid), self._weights)
+        return combine(self._pool(maps, windows, self.grid), self._weights)
 
     def draw_covered(
         self,

@@ -1,5 +1,7 @@
+import gc
 import json
 import multiprocessing
+import os
 import pickle
 import shutil
 import subprocess
@@ -12,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from shared import region_arrays, regions
 from shared.errors import CorruptError, IncompatibleError, InputMissingError, UsageError
 from shared.region_layout import quarter
 from shared.regions import RegionStore, open_region_store
@@ -204,3 +207,75 @@ def test_importing_it_loads_no_zarr() -> None:
         "assert not {'zarr', 'dask', 'torch'} & set(sys.modules), sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def exchange(store: Path, one: int, other: int) -> None:
+    """Give two shards each other's place, as a copy that went wrong does; every checksum stays right."""
+    maps = store / "regions.zarr" / "maps"
+    first, second = maps / f"c.{one}.0.0.0", maps / f"c.{other}.0.0.0"
+    data = first.read_bytes(), second.read_bytes()
+    first.write_bytes(data[1])
+    second.write_bytes(data[0])
+
+
+@pytest.mark.parametrize("read_before", [False, True])
+def test_exchanged_shards_are_found_also_after_a_row_was_read(tmp_path: Path, read_before: bool) -> None:
+    content = make_content(quarantined=())
+    content.maps[:] = np.arange(20, dtype=np.uint8)[:, None, None, None]  # chunks of one size at the same places
+    path = tmp_path / "store"
+    write(path, content)
+    store = open_region_store(path)
+    if read_before:
+        assert np.array_equal(store.maps([4, 5, 6]), content.maps[[4, 5, 6]])
+    exchange(path, 2, 3)
+    for reader in (store, open_region_store(path)):
+        with pytest.raises(CorruptError, match=r"row 4 \(sample-0004\): its region maps are not those"):
+            reader.maps([4])
+        assert np.array_equal(reader.maps([0, 19]), content.maps[[0, 19]])
+
+
+def test_a_row_is_digested_once_and_known_by_its_checksum_from_then_on(
+    folder: Path, content: Content, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digested: list[np.ndarray] = []
+    known = regions.row_digest
+    monkeypatch.setattr(regions, "row_digest", lambda maps: digested.append(maps) or known(maps))
+    store = open_region_store(folder)
+    for _ in range(3):
+        assert np.array_equal(store.maps([5, 2, 5, 3]), content.maps[[5, 2, 5, 3]])
+    assert len(digested) == 4  # row 5 twice, in the first call
+
+
+def test_few_files_are_open_at_once_and_all_are_closed_in_the_end(
+    folder: Path, content: Content, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def opened() -> list[str]:
+        links = [os.readlink(entry.path) for entry in os.scandir("/proc/self/fd") if os.path.islink(entry.path)]
+        return [link for link in links if str(folder) in link]
+
+    monkeypatch.setattr(region_arrays, "_OPEN_MAX", 3)
+    store = open_region_store(folder)
+    rows = np.random.default_rng(0).permutation(20).tolist() * 2
+    assert np.array_equal(store.maps(rows), content.maps[rows])
+    assert len(opened()) == 3
+    del store
+    gc.collect()
+    assert not opened()
+
+
+def test_rows_that_are_waited_for_are_announced_and_are_the_same(
+    folder: Path, tmp_path: Path, content: Content, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    announced: list[tuple[int, int]] = []
+    monkeypatch.setattr(region_arrays, "_SLOW_S", 0.0)
+    monkeypatch.setattr(os, "posix_fadvise", lambda file, start, length, advice: announced.append((start, length)))
+    path = tmp_path / "store"
+    shutil.copytree(folder, path)
+    store = open_region_store(path)
+    assert np.array_equal(store.maps([7, 1]), content.maps[[7, 1]])
+    assert not announced
+    assert np.array_equal(store.maps([9, 0, 4]), content.maps[[9, 0, 4]])
+    assert len(announced) == 3
+    (path / "regions.zarr" / "maps" / "c.8.0.0.0").unlink()  # rows 16 and 17
+    with pytest.raises(CorruptError, match=r"row 16 .*missing"):
+        store.maps([16, 9])
