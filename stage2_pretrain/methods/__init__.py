@@ -6,4 +6,12 @@ A method is a torch module with ``Options``, ``version``, ``backbone``, ``encode
 
 from shared.registry import Registry
 
-METHODS = Registry("method", {"spark": "stage2_pretrain.methods.spark:SparK"})
+METHODS = Registry(
+    "method",
+    {
+        "fcmae": "stage2_pretrain.methods.fcmae:FCMAE",
+        "mae": "stage2_pretrain.methods.mae:MAE",
+        "simmim": "stage2_pretrain.methods.simmim:SimMIM",
+        "spark": "stage2_pretrain.methods.spark:SparK",
+    },
+)
