@@ -99,7 +99,7 @@ def build(
         seed: Seed of the initial weights; torch's global generator is left as it was.
 
     Raises:
-        ConfigError: Unknown name, or arguments that the architecture does not take.
+        ConfigError: Unknown name, or arguments or a size that the architecture does not take.
     """
     import timm
 
@@ -119,7 +119,10 @@ def build(
             shown = json.dumps({**extra, **args})
             raise ConfigError(f"backbone '{name}' cannot be built with {shown}: {error}") from None
     reductions, channels, indices = _scales(name, model)
-    return Backbone(model, name, in_chans, output_stride, args, reductions, channels, indices)
+    built = Backbone(model, name, in_chans, output_stride, args, reductions, channels, indices)
+    if sized and size_px is not None:
+        built.grid(size_px)  # timm cuts off what is left over
+    return built
 
 
 def has_size(name: str) -> bool:
@@ -138,6 +141,17 @@ def has_size(name: str) -> bool:
         return False
     kind = get_type_hints(timm.model_entrypoint(name)).get("return")
     return kind is not None and "img_size" in inspect.signature(kind).parameters
+
+
+def resolve_options(name: str, options: Mapping[str, Any] | str) -> dict[str, Any]:
+    """Arguments of an architecture for pretraining, ``auto`` replaced: a convolutional one then has patches of 16 px.
+
+    Raises:
+        ConfigError: Unknown name.
+    """
+    if not isinstance(options, str):
+        return dict(options)
+    return {} if has_size(name) else {"output_stride": 16}
 
 
 def resize(backbone: Backbone, size_px: int) -> Backbone:

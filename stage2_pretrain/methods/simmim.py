@@ -42,15 +42,16 @@ class SimMIM(nn.Module):
 
     def __init__(self, options: SimMIMOptions, backbone: Backbone, *, size_px: int, seed: int) -> None:
         super().__init__()
+        model: Any = check_vit(backbone.model, backbone.name, tokenwise=False)
         self.backbone = backbone
-        self.encoder: Any = check_vit(backbone.model, backbone.name, tokenwise=False)
+        self.encoder: Any = model
         self.patch_px = backbone.stride
         self.grid = backbone.grid(size_px)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_key("simmim", seed))
-            self.token = nn.Parameter(torch.empty(self.encoder.embed_dim))
+            self.token = nn.Parameter(torch.empty(model.embed_dim))
             nn.init.trunc_normal_(self.token, std=0.02)
-            self.to_pixels = nn.Linear(self.encoder.embed_dim, self.patch_px**2 * backbone.in_chans)
+            self.to_pixels = nn.Linear(model.embed_dim, self.patch_px**2 * backbone.in_chans)
 
     def loss(self, image: Float[Tensor, "B C S S"], visible: Bool[Tensor, "B gh gw"]) -> dict[str, Tensor]:
         """Mean absolute error of the pixels of hidden patches.

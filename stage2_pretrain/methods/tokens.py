@@ -193,8 +193,8 @@ def _attend_by_length(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], dropp
         length = lengths[place]
         images = lengths[place:].count(length)
         end = begin + images * length
-        parts = (rows[begin:end].unflatten(0, (images, length)).transpose(1, 2) for rows in (q, k, v))
-        mixed = F.scaled_dot_product_attention(*parts, None, dropped)
+        one, two, three = (rows[begin:end].unflatten(0, (images, length)).transpose(1, 2) for rows in (q, k, v))
+        mixed = F.scaled_dot_product_attention(one, two, three, dropout_p=dropped)
         found.append(mixed.transpose(1, 2).flatten(0, 1))
         begin, place = end, place + images
     return torch.cat(found)
