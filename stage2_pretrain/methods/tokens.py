@@ -32,6 +32,7 @@ from torch.nn import functional as F
 
 from shared import ranks
 from shared.errors import ConfigError, UsageError
+from stage2_pretrain.methods.drop import drop_path
 
 _HINT = "name a plain ViT of timm, e.g. vit_tiny_patch16_224, vit_small_patch16_224, vit_base_patch16_224"
 _TOKENWISE = (
@@ -172,14 +173,7 @@ def _attention(
 
 
 def _drop_path(drop: DropPath, tokens: Tokens, x: Tensor) -> Float[Tensor, "1 T C"]:
-    """One draw an image, as timm's; not one for the sequence."""
-    if drop.drop_prob == 0.0 or not drop.training:
-        return x
-    kept = 1 - drop.drop_prob
-    draws = x.new_empty(tokens.images).bernoulli_(kept)
-    if kept > 0.0 and drop.scale_by_keep:
-        draws.div_(kept)
-    return x * draws[tokens.image][:, None]
+    return drop_path(drop, x[0], tokens.image, tokens.images)[None]
 
 
 _PACKED: dict[type[nn.Module], Callable[..., Tensor]] = {Attention: _attention, DropPath: _drop_path}

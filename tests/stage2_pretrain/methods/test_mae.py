@@ -56,10 +56,7 @@ def naive_loss(made: MAE, image: Tensor, visible: Tensor) -> Tensor:
         shown = [place for place in places if seen[place]]
         first = naive.first_tokens(model)
         rows = [naive.embed(model, naive.window(pixels, i, j, p)) + naive.position(model, 4 * i + j) for i, j in shown]
-        if not first + rows:
-            drawn = iter(())
-        else:
-            drawn = iter(naive.linear(naive.encode(model, first + rows), made.embed))
+        drawn = iter(naive.linear(naive.encode(model, first + rows), made.embed)) if first + rows else iter(())
         tokens = [next(drawn) for _ in first]
         for i, j in places:
             row = next(drawn) if (i, j) in shown else made.token
