@@ -18,7 +18,7 @@ from shared.config import Strict
 from shared.rng import seed_key
 from stage2_pretrain.methods.convolutional import EXECUTION, Execution, check_encoder, encode, locate
 from stage2_pretrain.methods.packed import Cells
-from stage2_pretrain.methods.pixels import count_hidden, error, fill_hidden, normalise, patches
+from stage2_pretrain.methods.pixels import count_hidden, error, fill_hidden, target
 from stage2_pretrain.methods.sparse import Sites
 
 
@@ -87,8 +87,7 @@ class FCMAE(nn.Module):
         count = count_hidden(visible)
         hidden = ~visible.flatten(1)
         predicted = self.to_pixels(self.decode(image, visible)[hidden])
-        target = patches(image, self.patch_px)[hidden]
-        return {"loss": error(predicted, normalise(target)[0] if self.norm_target else target, count)}
+        return {"loss": error(predicted, target(image, visible, normalised=self.norm_target), count)}
 
     def encode(self, image: Float[Tensor, "B C S S"], where: Sites | Cells) -> Tensor:
         """The deepest feature: with `Sites` [B, C, gh, gw], zero at hidden sites; with `Cells` [T, C, 1, 1]."""

@@ -18,7 +18,7 @@ from shared.backbones import Backbone
 from shared.config import Strict
 from shared.errors import ConfigError
 from shared.rng import seed_key
-from stage2_pretrain.methods.pixels import count_hidden, error, fill_hidden, normalise, patches
+from stage2_pretrain.methods.pixels import count_hidden, error, fill_hidden, patches, target
 from stage2_pretrain.methods.tokens import Tokens, check_vit, one_sequence
 
 
@@ -100,8 +100,7 @@ class MAE(nn.Module):
         count = count_hidden(visible)
         hidden = ~visible.flatten(1)
         predicted = self.to_pixels(self.norm(self.decode(image, visible)[hidden]))
-        target = patches(image, self.patch_px)[hidden]
-        return {"loss": error(predicted, normalise(target)[0] if self.norm_target else target, count)}
+        return {"loss": error(predicted, target(image, visible, normalised=self.norm_target), count)}
 
     def encode(self, image: Float[Tensor, "B C S S"], tokens: Tokens, visible: Bool[Tensor, "B L"]) -> Tensor:
         """What timm's own network makes of each image's first tokens and visible patches, [1, T, C].

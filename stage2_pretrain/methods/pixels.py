@@ -53,9 +53,17 @@ def count_hidden(visible: Bool[Tensor, "B gh gw"]) -> int:
     return count
 
 
+def target(
+    image: Float[Tensor, "B C S S"], visible: Bool[Tensor, "B gh gw"], *, normalised: bool
+) -> Float[Tensor, "n P"]:
+    """Pixels of hidden patches, image after image, each by its own mean and deviation if ``normalised``."""
+    cut = patches(image, image.shape[2] // visible.shape[1])
+    return (normalise(cut)[0] if normalised else cut)[~visible.flatten(1)]
+
+
 def error(
     predicted: Float[Tensor, "n P"],
-    target: Float[Tensor, "n P"],
+    true: Float[Tensor, "n P"],
     count: int,
     kind: Literal["squared", "absolute"] = "squared",
 ) -> Float[Tensor, ""]:
@@ -63,14 +71,14 @@ def error(
 
     Args:
         predicted: Of this process's hidden patches; n may be 0 where other processes have some.
-        target: Likewise.
+        true: `target`.
         count: Hidden patches of all processes.
         kind: Of each pixel.
     """
     measure = F.mse_loss if kind == "squared" else F.l1_loss
     if ranks.size() == 1:
-        return measure(predicted.to(target.dtype), target)
-    return measure(predicted.to(target.dtype), target, reduction="sum") / (count * target.shape[1])
+        return measure(predicted.to(true.dtype), true)
+    return measure(predicted.to(true.dtype), true, reduction="sum") / (count * true.shape[1])
 
 
 def fill_hidden(

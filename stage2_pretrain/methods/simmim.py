@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from shared.backbones import Backbone
 from shared.config import Strict
 from shared.rng import seed_key
-from stage2_pretrain.methods.pixels import count_hidden, error, fill_hidden, patches
+from stage2_pretrain.methods.pixels import count_hidden, error, fill_hidden, target
 from stage2_pretrain.methods.tokens import check_vit
 
 
@@ -68,7 +68,7 @@ class SimMIM(nn.Module):
         count = count_hidden(visible)
         hidden = ~visible.flatten(1)
         predicted = self.to_pixels(self.encode(image, visible)[hidden])
-        return {"loss": error(predicted, patches(image, self.patch_px)[hidden], count, "absolute")}
+        return {"loss": error(predicted, target(image, visible, normalised=False), count, "absolute")}
 
     def encode(self, image: Float[Tensor, "B C S S"], visible: Bool[Tensor, "B gh gw"]) -> Float[Tensor, "B L C"]:
         """Features of every patch, timm's own but for the token; pixels of hidden patches are not read."""

@@ -21,7 +21,7 @@ from shared.rng import seed_key
 from stage2_pretrain.methods.convolutional import EXECUTION, Execution, check_encoder, encode, locate
 from stage2_pretrain.methods.norm import BatchNorm2d
 from stage2_pretrain.methods.packed import Cells
-from stage2_pretrain.methods.pixels import count_hidden, error, fill_hidden, normalise, patches
+from stage2_pretrain.methods.pixels import count_hidden, error, fill_hidden, patches, target
 from stage2_pretrain.methods.sparse import Sites
 
 
@@ -91,10 +91,8 @@ class SparK(nn.Module):
             UsageError: A batch without a hidden, or without a visible patch.
         """
         count = count_hidden(visible)
-        hidden = ~visible.flatten()
-        predicted = patches(self(image, visible), self.patch_px).flatten(0, 1)[hidden]
-        target = normalise(patches(image, self.patch_px).flatten(0, 1))[0][hidden]
-        return {"loss": error(predicted, target, count)}
+        predicted = patches(self(image, visible), self.patch_px)[~visible.flatten(1)]
+        return {"loss": error(predicted, target(image, visible, normalised=True), count)}
 
     def forward(self, image: Float[Tensor, "B C S S"], visible: Bool[Tensor, "B gh gw"]) -> Float[Tensor, "B C S S"]:
         """Draw every pixel, in units of its patch's own mean and deviation."""
