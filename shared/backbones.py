@@ -117,7 +117,8 @@ def build(
             model = timm.create_model(name, pretrained=False, num_classes=0, in_chans=in_chans, **extra, **args)
         except (TypeError, AssertionError, NotImplementedError, RuntimeError) as error:
             shown = json.dumps({**extra, **args})
-            raise ConfigError(f"backbone '{name}' cannot be built with {shown}: {error}") from None
+            hint = "a ViT takes patch_size instead" if sized and "output_stride" in str(error) else None
+            raise ConfigError(f"backbone '{name}' cannot be built with {shown}: {error}", hint=hint) from None
     reductions, channels, indices = _scales(name, model)
     built = Backbone(model, name, in_chans, output_stride, args, reductions, channels, indices)
     if sized and size_px is not None:

@@ -50,8 +50,10 @@ class SimMIM(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_key("simmim", seed))
             self.token = nn.Parameter(torch.empty(model.embed_dim))
-            nn.init.trunc_normal_(self.token, std=0.02)
             self.to_pixels = nn.Linear(model.embed_dim, self.patch_px**2 * backbone.in_chans)
+            nn.init.trunc_normal_(self.token, std=0.02)
+            nn.init.trunc_normal_(self.to_pixels.weight, std=0.02)
+            nn.init.zeros_(self.to_pixels.bias)
 
     def loss(self, image: Float[Tensor, "B C S S"], visible: Bool[Tensor, "B gh gw"]) -> dict[str, Tensor]:
         """Mean absolute error of the pixels of hidden patches.

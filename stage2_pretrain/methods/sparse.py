@@ -183,7 +183,7 @@ def _bound(
 
 def walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
     """Every module that a feature passes through, with its name; ``name`` is empty for the whole model."""
-    yield name or type(module).__name__, module
+    yield name or "the network", module
     for key, child in module.named_children():
         if name or key not in _UNUSED:
             yield from walk(child, f"{name}.{key}" if name else key)

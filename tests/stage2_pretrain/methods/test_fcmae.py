@@ -148,7 +148,7 @@ def test_a_black_image_gives_finite_gradients() -> None:
 
 def test_a_vit_and_a_size_are_refused_by_name() -> None:
     vit = build("vit_tiny_patch16_224", in_chans=1, size_px=96, model_args={"depth": 1})
-    with pytest.raises(ConfigError, match="VisionTransformer, which has no sparse form") as caught:
+    with pytest.raises(ConfigError, match="the network is a VisionTransformer, which has no sparse form") as caught:
         FCMAE(FCMAEOptions(), vit, size_px=96, seed=0)
     assert "mae and simmim" in (caught.value.hint or "")
     with pytest.raises(ConfigError, match="size_px: 72 is no multiple of the encoder's stride 32"):
