@@ -5,11 +5,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.layers.grn import GlobalResponseNorm
 from torch import Tensor
 
 from shared.backbones import build
 from shared.errors import ConfigError, UsageError
 from stage2_pretrain.methods.fcmae import FCMAE, FCMAEOptions
+from stage2_pretrain.methods.sparse import Sites
 from tests.stage2_pretrain.methods import naive_vit as naive
 from tests.stage2_pretrain.methods.test_mae import worst
 
@@ -162,3 +164,20 @@ def test_nothing_hidden_or_nothing_visible_is_an_error() -> None:
         made.loss(image, torch.ones_like(visible))
     with pytest.raises(UsageError, match="no patch of this batch is visible"):
         made.loss(image, torch.zeros_like(visible))
+
+
+@pytest.mark.parametrize("conv_mlp", [False, True])
+def test_masked_a_hidden_site_is_zero_after_a_response_norm_too(conv_mlp: bool) -> None:
+    made = method("masked", conv_mlp)
+    image, visible = example(made)
+    left = []
+    for module in made.encoder.modules():
+        if isinstance(module, GlobalResponseNorm):
+            module.register_forward_hook(lambda norm, inputs, output: left.append((norm.channel_dim, output)))
+    made.encode(image, Sites(visible))
+    assert len(left) == 5
+    for channel, output in left:
+        first = output if channel == 1 else output.permute(0, 3, 1, 2)
+        active = Sites(visible).active(*first.shape[2:])
+        assert not (first * ~active).any()
+        assert (first * active).any()
