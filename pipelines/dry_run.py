@@ -100,6 +100,7 @@ def _pretrain(config: ChainConfig, first: Rehearsed, images: Path, out: Path, fr
 def _finetune(
     chain: ChainConfig, config: FinetuneConfig, images: Path, labels: Path, out: Path, fresh: bool, made: bool
 ) -> dict[str, Forecast]:
+    from shared.backbones import resolve_options
     from stage3_finetune.rehearse import rehearse
 
     found = {}
@@ -107,7 +108,7 @@ def _finetune(
         planned = config.model_copy(
             update={
                 "backbone": chain.pretrain.backbone,
-                "backbone_options": chain.pretrain.backbone_options,
+                "backbone_options": resolve_options(chain.pretrain.backbone, chain.pretrain.backbone_options),
                 "channels": chain.pretrain.channels,
             }
         )

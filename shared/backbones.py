@@ -1,12 +1,17 @@
-"""Encoders by name, on timm: build, list their scales, export so that timm itself loads them back."""
+"""Encoders by name, on timm: build, list their scales, export so that timm itself loads them back.
+
+An architecture with weights for each position (a ViT) is built for one size of image, ``img_size`` among its arguments;
+a fully convolutional one takes any.
+"""
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +55,16 @@ class Backbone:
         """Pixels per position of the deepest feature."""
         return self.reductions[-1]
 
+    def grid(self, size_px: int) -> tuple[int, int]:
+        """Positions of the deepest feature of an image, rows and columns.
+
+        Raises:
+            ConfigError: The stride does not divide the size.
+        """
+        if size_px % self.stride:
+            raise ConfigError(f"size_px: {size_px} is no multiple of the encoder's stride {self.stride}")
+        return size_px // self.stride, size_px // self.stride
+
     def features(self, image: Tensor) -> list[Tensor]:
         """The last feature map of every distinct scale, finest first.
 
@@ -69,6 +84,7 @@ def build(
     in_chans: int,
     output_stride: int | None = None,
     model_args: Mapping[str, Any] | None = None,
+    size_px: int | None = None,
     seed: int = 0,
 ) -> Backbone:
     """Build an encoder with random weights that are a function of its arguments and the seed alone.
@@ -78,17 +94,22 @@ def build(
         in_chans: Input channels, 1 or more.
         output_stride: 8, 16 or 32 for architectures that can dilate, or None.
         model_args: Further JSON arguments of ``timm.create_model``.
+        size_px: Side of the images, for an architecture that is built for one size; None: as ``model_args`` or timm
+            have it.
         seed: Seed of the initial weights; torch's global generator is left as it was.
 
     Raises:
-        ConfigError: Unknown name, or arguments that the architecture does not take.
+        ConfigError: Unknown name, or arguments or a size that the architecture does not take.
     """
     import timm
 
-    if name not in timm.list_models():
-        near = _near(name, timm.list_models())
-        raise ConfigError(f"unknown backbone '{name}'", hint=f"Did you mean {near}?" if near else None)
+    sized = has_size(name)
     args = dict(model_args or {})
+    if sized and size_px is not None and args.setdefault("img_size", size_px) != size_px:
+        raise ConfigError(
+            f"backbone_options.img_size: {args['img_size']}, but size_px is {size_px}",
+            hint="leave img_size out: it is size_px",
+        )
     extra: dict[str, Any] = {} if output_stride is None else {"output_stride": output_stride}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_key("backbone", seed))
@@ -96,9 +117,61 @@ def build(
             model = timm.create_model(name, pretrained=False, num_classes=0, in_chans=in_chans, **extra, **args)
         except (TypeError, AssertionError, NotImplementedError, RuntimeError) as error:
             shown = json.dumps({**extra, **args})
-            raise ConfigError(f"backbone '{name}' cannot be built with {shown}: {error}") from None
+            hint = "a ViT takes patch_size instead" if sized and "output_stride" in str(error) else None
+            raise ConfigError(f"backbone '{name}' cannot be built with {shown}: {error}", hint=hint) from None
     reductions, channels, indices = _scales(name, model)
-    return Backbone(model, name, in_chans, output_stride, args, reductions, channels, indices)
+    built = Backbone(model, name, in_chans, output_stride, args, reductions, channels, indices)
+    if sized and size_px is not None:
+        built.grid(size_px)  # timm cuts off what is left over
+    return built
+
+
+def has_size(name: str) -> bool:
+    """Whether an architecture is built for one size of image.
+
+    Raises:
+        ConfigError: Unknown name.
+    """
+    import timm
+
+    if name not in timm.list_models():
+        near = _near(name, timm.list_models())
+        raise ConfigError(f"unknown backbone '{name}'", hint=f"Did you mean {near}?" if near else None)
+    known = timm.get_pretrained_cfg(name)
+    if known is None or not known.fixed_input_size:
+        return False
+    kind = get_type_hints(timm.model_entrypoint(name)).get("return")
+    return kind is not None and "img_size" in inspect.signature(kind).parameters
+
+
+def resolve_options(name: str, options: Mapping[str, Any] | str) -> dict[str, Any]:
+    """Arguments of an architecture for pretraining, ``auto`` replaced: a convolutional one then has patches of 16 px.
+
+    Raises:
+        ConfigError: Unknown name.
+    """
+    if not isinstance(options, str):
+        return dict(options)
+    return {} if has_size(name) else {"output_stride": 16}
+
+
+def resize(backbone: Backbone, size_px: int) -> Backbone:
+    """The same encoder for images of another size; position embeddings are interpolated by timm.
+
+    Raises:
+        ConfigError: The stride does not divide the size, or the architecture can't be resized.
+    """
+    if backbone.model_args.get("img_size", size_px) == size_px:
+        return backbone
+    backbone.grid(size_px)
+    model: Any = backbone.model
+    try:
+        model.set_input_size((size_px, size_px))
+    except (AttributeError, TypeError, AssertionError) as error:
+        raise ConfigError(
+            f"size_px: {size_px}, but {backbone.name} is built for {backbone.model_args['img_size']} px: {error}"
+        ) from None
+    return replace(backbone, model_args={**backbone.model_args, "img_size": size_px})
 
 
 def export_encoder(

@@ -28,10 +28,11 @@ class PretrainConfig(Strict):
     coverage: CoverageOptions = Field(CoverageOptions(), description="How several regions become one coverage.")
     window: WindowOptions = Field(WindowOptions(), description="How images are cropped, flipped and turned.")
     backbone: str = Field("resnet50", description="timm architecture of the encoder.")
-    backbone_options: dict[str, Any] = Field(
-        {"output_stride": 16},
-        description="timm arguments of the backbone. output_stride is the side of a patch in pixels: "
-        "a smaller one gives a grid that tells smaller regions.",
+    backbone_options: dict[str, Any] | Literal["auto"] = Field(
+        "auto",
+        description="timm arguments of the backbone. output_stride of a convolutional one, patch_size of a ViT, is the "
+        "side of a patch in pixels: a smaller one gives a grid that tells smaller regions. auto: {output_stride: 16} "
+        "or {}; img_size is size_px in any case.",
     )
     size_px: int = Field(
         224,
@@ -76,8 +77,8 @@ class PretrainConfig(Strict):
     )
     impl: str = Field(
         "auto",
-        description="Backend of the mask sampler: auto, cpu, fused or reference; all give the same bits. auto: fused on "
-        "a GPU with at most 4096 patches, else cpu.",
+        description="Backend of the mask sampler: auto, cpu, fused or reference; all give the same bits. auto: fused "
+        "on a GPU with at most 4096 patches, else cpu.",
     )
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="Where to compute.")
     threads: int | Literal["auto"] = Field("auto", description="CPU threads; auto: the cores this process may use.")

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from shared import ranks
 from shared.artifact import Artifact, Input, publish, write_atomic
-from shared.backbones import build, export_encoder
+from shared.backbones import build, export_encoder, resolve_options
 from shared.config import dump_yaml, validate
 from shared.config import spec as config_spec
 from shared.cores import resolve_threads
@@ -115,6 +115,7 @@ def resolve(config: PretrainConfig) -> PretrainConfig:
     """
     options = validate(METHODS.load(config.method["name"]).Options, config.method_options)
     update: dict[str, Any] = {"method": {"name": config.method["name"], **options.model_dump(mode="json")}}
+    update["backbone_options"] = resolve_options(config.backbone, config.backbone_options)
     if config.ema is None and guide_of(build_policy(config.policy["name"], config.policy_options)):
         update["ema"] = TEACHER_DECAY
     if config.device == "auto":
@@ -210,10 +211,15 @@ class Run:
 
 def prepare(config: PretrainConfig, store: RegionStore, images: Path, out: Path) -> Run:
     """Build every part, and refuse what does not fit before anything is computed or written."""
-    options = {name: value for name, value in config.backbone_options.items() if name != "output_stride"}
-    stride = config.backbone_options.get("output_stride")
+    options = resolve_options(config.backbone, config.backbone_options)
+    stride = options.pop("output_stride", None)
     backbone = build(
-        config.backbone, in_chans=config.channels, output_stride=stride, model_args=options, seed=config.seed
+        config.backbone,
+        in_chans=config.channels,
+        output_stride=stride,
+        model_args=options,
+        size_px=config.size_px,
+        seed=config.seed,
     )
     part = METHODS.load(config.method["name"])
     method = part(validate(part.Options, config.method_options), backbone, size_px=config.size_px, seed=config.seed)

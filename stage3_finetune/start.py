@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.artifact import Card, Input, file_sha256, open_artifact
-from shared.backbones import CONFIG, Backbone, build, load_encoder
+from shared.backbones import CONFIG, Backbone, build, load_encoder, resize
 from shared.errors import ConfigError, CorruptError
 from shared.merkle import tensor_digest
 from stage3_finetune.config import FinetuneConfig
@@ -54,7 +54,7 @@ def start_from(config: FinetuneConfig, encoder: str | None) -> Start:
 
     Args:
         config: Its ``backbone``, ``backbone_options`` and ``channels`` must be ``auto`` (empty) or the
-            encoder's.
+            encoder's. Position embeddings are interpolated to its ``size_px``.
         encoder: ``PATH[@sha256:...]``, or None.
 
     Raises:
@@ -71,17 +71,23 @@ def start_from(config: FinetuneConfig, encoder: str | None) -> Start:
     if tensor_digest(weights) != card.identity.outputs["weights"]:
         raise CorruptError(f"{folder}: other weights than the artifact's id", hint="restore it from a copy")
     stored = json.loads((folder / _FOLDER / CONFIG).read_bytes())["pretrained_cfg"]
+    trained_px = backbone.model_args.get("img_size", config.size_px)
+    backbone = resize(backbone, config.size_px)
+    resized = f"{trained_px} px made {config.size_px} px, " if trained_px != config.size_px else ""
     start = Start(
         backbone,
         tuple(stored["mean"]),
         tuple(stored["std"]),
         (Input(role="encoder", kind="encoder", artifact_id=card.artifact_id),),
-        f"encoder {card.artifact_id[:16]}: {backbone.name}, all {len(backbone.model.state_dict())} tensors kept, "
-        "a new classifier on top",
+        f"encoder {card.artifact_id[:16]}: {backbone.name}, all {len(weights)} tensors kept, "
+        f"{resized}a new classifier on top",
     )
+    known = {
+        key: value for key, value in start.model_args.items() if key != "img_size" or key in config.backbone_options
+    }
     asked: dict[str, tuple[Any, Any]] = {
         "backbone": (config.backbone, backbone.name),
-        "backbone_options": (config.backbone_options or "auto", start.model_args),
+        "backbone_options": (config.backbone_options or "auto", known),
         "channels": (config.channels, backbone.in_chans),
     }
     wrong = [f"{key}: {ask}, the encoder's is {has}" for key, (ask, has) in asked.items() if ask not in ("auto", has)]
@@ -97,7 +103,12 @@ def _random(config: FinetuneConfig) -> Start:
     channels = 1 if config.channels == "auto" else config.channels
     args = dict(config.backbone_options)
     backbone = build(
-        name, in_chans=channels, output_stride=args.pop("output_stride", None), model_args=args, seed=config.seed
+        name,
+        in_chans=channels,
+        output_stride=args.pop("output_stride", None),
+        model_args=args,
+        size_px=config.size_px,
+        seed=config.seed,
     )
     return Start(backbone, (_MEAN,) * channels, (_STD,) * channels, (), f"from scratch: {name}, seed {config.seed}")
 

@@ -2,9 +2,17 @@
 
 A method is a torch module with ``Options``, ``version``, ``backbone``, ``encoder``, ``grid``,
 ``loss(image, visible)``, the mean over the hidden patches of ``errors(image, visible)``, ``reconstruct(image,
-visible)`` and ``attention(image)``; `stage2_pretrain.methods.spark` is the example.
+visible)`` and ``attention(image)``; `PixelMethod` has two of them, `stage2_pretrain.methods.simmim` is the shortest.
 """
 
 from shared.registry import Registry
 
-METHODS = Registry("method", {"spark": "stage2_pretrain.methods.spark:SparK"})
+METHODS = Registry(
+    "method",
+    {
+        "fcmae": "stage2_pretrain.methods.fcmae:FCMAE",
+        "mae": "stage2_pretrain.methods.mae:MAE",
+        "simmim": "stage2_pretrain.methods.simmim:SimMIM",
+        "spark": "stage2_pretrain.methods.spark:SparK",
+    },
+)

@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Bool, Float, Int64
 from timm.layers.drop import DropPath
+from timm.layers.grn import GlobalResponseNorm
 from timm.layers.mlp import Mlp
 from timm.models.convnext import ConvNeXtBlock
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from torch.nn import functional as F
 
 from shared import ranks
 from shared.errors import ConfigError, UsageError
+from stage2_pretrain.methods.drop import drop_path
 from stage2_pretrain.methods.norm import normalise_rows
 from stage2_pretrain.methods.sparse import check_sparse, walk
 
@@ -252,15 +254,18 @@ def _batch_norm(norm: nn.BatchNorm2d, feature: Tensor, cells: Cells) -> Tensor:
     return cells.norm(norm, feature)
 
 
+def _response_norm(norm: GlobalResponseNorm, feature: Tensor, cells: Cells) -> Tensor:
+    """Of each image over its visible sites, the same as where hidden ones are zero; timm's own is of each cell."""
+    squares = feature.to(torch.promote_types(feature.dtype, torch.float32)).square().sum(norm.spatial_dim)
+    total = squares.new_zeros(len(cells.visible), squares.shape[1]).index_add(0, cells.image, squares)
+    length = torch.where(total > 0, total, 1).sqrt() * (total > 0)  # without a gradient at zero, as torch's norm
+    share = (length / (length.mean(1, keepdim=True) + norm.eps)).index_select(0, cells.image)
+    scale = share[:, :, None, None] if norm.channel_dim == 1 else share[:, None, None]
+    return feature + torch.addcmul(norm.bias.view(norm.wb_shape), norm.weight.view(norm.wb_shape), feature * scale)
+
+
 def _drop_path(drop: DropPath, feature: Tensor, cells: Cells) -> Tensor:
-    """One draw an image, as timm's; not one a cell."""
-    if drop.drop_prob == 0.0 or not drop.training:
-        return feature
-    kept = 1 - drop.drop_prob
-    draws = feature.new_empty(len(cells.visible), *[1] * (feature.dim() - 1)).bernoulli_(kept)
-    if kept > 0.0 and drop.scale_by_keep:
-        draws.div_(kept)
-    return feature * draws[cells.image]
+    return drop_path(drop, feature, cells.image, len(cells.visible))
 
 
 def _convnext_block(block: ConvNeXtBlock, feature: Tensor, cells: Cells) -> Tensor:
@@ -281,6 +286,7 @@ _PACKED: dict[type[nn.Module], Callable[[Any, Tensor, Cells], Tensor]] = {
     nn.MaxPool2d: _max_pool,
     nn.BatchNorm2d: _batch_norm,
     DropPath: _drop_path,
+    GlobalResponseNorm: _response_norm,
     ConvNeXtBlock: _convnext_block,
 }
 

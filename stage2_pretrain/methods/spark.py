@@ -7,25 +7,23 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from shared import ranks
 from shared.backbones import Backbone
 from shared.config import Strict
-from shared.errors import ConfigError, UsageError
+from shared.errors import ConfigError
 from shared.rng import seed_key
+from stage2_pretrain.methods.convolutional import EXECUTION, Execution, check_encoder, encode, locate, looked_at
 from stage2_pretrain.methods.norm import BatchNorm2d
-from stage2_pretrain.methods.packed import Cells, check_packed, packed
-from stage2_pretrain.methods.sparse import Sites, check_sparse, sparse
-
-_EPS = 1e-6
-"""Added to the variance of a patch, so that a constant patch stays finite."""
+from stage2_pretrain.methods.packed import Cells
+from stage2_pretrain.methods.pixel_method import PixelMethod
+from stage2_pretrain.methods.pixels import count_hidden, error, patches, target
+from stage2_pretrain.methods.sparse import Sites
 
 
 class SparKOptions(Strict):
@@ -38,14 +36,10 @@ class SparKOptions(Strict):
         description="Channels of the decoder's deepest level, a multiple of the encoder's stride, halved a level. "
         "768 in the paper; 384 or less is far faster.",
     )
-    execution: Literal["packed", "masked"] = Field(
-        "packed",
-        description="packed: the encoder computes visible patches only. masked: it computes all of them and "
-        "multiplies, as published; the same function, for encoders that have no packed form, and slower.",
-    )
+    execution: Execution = Field("packed", description=EXECUTION)
 
 
-class SparK(nn.Module):
+class SparK(PixelMethod):
     """Encoder, densifying layers, decoder and loss.
 
     Args:
@@ -66,16 +60,13 @@ class SparK(nn.Module):
         super().__init__()
         stride = backbone.stride
         levels = int(math.log2(stride))
-        if size_px % stride:
-            raise ConfigError(f"size_px: {size_px} is no multiple of the encoder's stride {stride}")
+        self.grid = check_encoder(backbone, size_px, options.execution)
         if 2**levels != stride:
             raise ConfigError(f"backbone {backbone.name}: stride {stride}, expected a power of two")
-        self.packed = options.execution == "packed"
-        (check_packed if self.packed else check_sparse)(backbone.model)
+        self.execution: Execution = options.execution
         self.backbone = backbone
         self.encoder = backbone.model
         self.patch_px = stride
-        self.grid = (size_px // stride, size_px // stride)
         widths = [options.decoder_width >> level for level in range(levels + 1)]
         if options.decoder_width % stride:
             raise ConfigError(f"decoder_width: {options.decoder_width}, expected a multiple of the stride {stride}")
@@ -100,24 +91,17 @@ class SparK(nn.Module):
         Raises:
             UsageError: A batch without a hidden, or without a visible patch.
         """
-        hidden = ~visible.flatten()
-        count = ranks.total(int(hidden.sum()))
-        if not count:
-            raise UsageError("no patch of this batch is hidden: nothing to learn", hint="hide more")
-        predicted = patches(self(image, visible), self.patch_px).flatten(0, 1)[hidden]
-        target = normalise(patches(image, self.patch_px).flatten(0, 1))[0][hidden]
-        if ranks.size() == 1:
-            return {"loss": F.mse_loss(predicted, target)}
-        return {"loss": F.mse_loss(predicted, target, reduction="sum") / (count * target.shape[1])}
+        count = count_hidden(visible)
+        predicted = self.predict(image, visible)[~visible.flatten(1)]
+        return {"loss": error(predicted, target(image, visible, normalised=True), count)}
 
-    def errors(self, image: Float[Tensor, "B C S S"], visible: Bool[Tensor, "B gh gw"]) -> Float[Tensor, "B L"]:
-        """What `loss` is the mean of, for every patch; that of a visible one is no measure."""
-        target = normalise(patches(image, self.patch_px))[0]
-        return F.mse_loss(patches(self(image, visible), self.patch_px), target, reduction="none").mean(-1)
+    def predict(self, image: Float[Tensor, "B C S S"], visible: Bool[Tensor, "B gh gw"]) -> Float[Tensor, "B L P"]:
+        """Pixels of every patch."""
+        return patches(self(image, visible), self.patch_px)
 
     def attention(self, image: Float[Tensor, "B C S S"]) -> Float[Tensor, "B L"]:
-        """Where the encoder looks in the whole image: squares of its deepest features, summed over channels."""
-        return self.backbone.features(image)[-1].square().sum(1).flatten(1)
+        """Where the encoder looks in the whole image: see `looked_at`."""
+        return looked_at(self.backbone, image)
 
     def forward(self, image: Float[Tensor, "B C S S"], visible: Bool[Tensor, "B gh gw"]) -> Float[Tensor, "B C S S"]:
         """Draw every pixel, in units of its patch's own mean and deviation."""
@@ -137,7 +121,7 @@ class SparK(nn.Module):
 
     def where(self, visible: Bool[Tensor, "B gh gw"]) -> Sites | Cells:
         """What the encoder may see, as it is computed; a process without a visible patch keeps step with the others."""
-        return Cells(visible) if self.packed and visible.any() else Sites(visible)
+        return locate(visible, self.execution)
 
     def encode(self, image: Float[Tensor, "B C S S"], where: Sites | Cells) -> list[Tensor]:
         """Features of every scale of the encoder, finest first.
@@ -145,25 +129,7 @@ class SparK(nn.Module):
         Returns:
             With `Sites`: [B, C, h, w], zero at hidden sites. With `Cells`: [T, C, t, t], the visible patches alone.
         """
-        if isinstance(where, Cells):
-            with packed(self.encoder, where):
-                return self.backbone.features(where.cut(image))
-        with sparse(self.encoder, where):
-            return self.backbone.features(where.multiply(image))
-
-    @torch.no_grad()
-    def reconstruct(self, image: Float[Tensor, "B C S S"], visible: Bool[Tensor, "B gh gw"]) -> Tensor:
-        """The image with its hidden patches drawn, at each patch's true mean and variance; for pictures."""
-        training = self.training
-        self.eval()
-        try:
-            predicted = patches(self(image, visible), self.patch_px)
-        finally:
-            self.train(training)
-        true = patches(image, self.patch_px)
-        _, mean, deviation = normalise(true)
-        seen = visible.flatten(1)[:, :, None]
-        return unpatch(torch.where(seen, true, predicted * deviation + mean), self.patch_px, image.shape[1], self.grid)
+        return encode(self.backbone, image, where)
 
 
 class _Densify(nn.Module):
@@ -200,28 +166,3 @@ class _UpBlock(nn.Module):
         """[B, before, h, w] to [B, after, 2h, 2w]."""
         output: Tensor = self.convs(self.up(feature))
         return output
-
-
-def patches(image: Float[Tensor, "B C S S"], patch_px: int) -> Float[Tensor, "B L P"]:
-    """Pixels of each patch: patches row by row, then the pixels of a patch row by row, channels last.
-
-    >>> patches(torch.arange(16.0).view(1, 1, 4, 4), 2)[0].tolist()
-    [[0.0, 1.0, 4.0, 5.0], [2.0, 3.0, 6.0, 7.0], [8.0, 9.0, 12.0, 13.0], [10.0, 11.0, 14.0, 15.0]]
-    """
-    batch, channels, height, width = image.shape
-    rows, columns = height // patch_px, width // patch_px
-    cut = image.reshape(batch, channels, rows, patch_px, columns, patch_px).permute(0, 2, 4, 3, 5, 1)
-    return cut.reshape(batch, rows * columns, patch_px * patch_px * channels)
-
-
-def unpatch(cut: Float[Tensor, "B L P"], patch_px: int, channels: int, grid: tuple[int, int]) -> Tensor:
-    """The inverse of `patches`."""
-    parts = cut.reshape(len(cut), *grid, patch_px, patch_px, channels).permute(0, 5, 1, 3, 2, 4)
-    return parts.reshape(len(cut), channels, grid[0] * patch_px, grid[1] * patch_px)
-
-
-def normalise(cut: Float[Tensor, "*L P"]) -> tuple[Tensor, Tensor, Tensor]:
-    """Each patch by its mean and deviation (unbiased variance plus 1e-6); also returns those two."""
-    mean = cut.mean(-1, keepdim=True)
-    deviation = (cut.var(-1, keepdim=True, unbiased=True) + _EPS).sqrt()
-    return (cut - mean) / deviation, mean, deviation

@@ -1,7 +1,8 @@
 """Run an unmodified timm encoder on the visible patches only, dense and multiplied.
 
 Every convolution and pooling runs densely and is multiplied by the map of active sites, biases included;
-BatchNorm takes its statistics over active sites; LayerNorm is per site. So a hidden site is zero after every
+BatchNorm takes its statistics over active sites; LayerNorm is per site; global response norm is of an image, whose
+hidden sites add nothing to it. So a hidden site is zero after every
 module, and no hidden pixel reaches a feature or a gradient.
 
 Source: SparK (arXiv 2301.03580), sparse encoding by masking.
@@ -17,7 +18,8 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from timm.layers.activations import GELU
 from timm.layers.drop import DropPath
-from timm.layers.mlp import Mlp
+from timm.layers.grn import GlobalResponseNorm
+from timm.layers.mlp import GlobalResponseNormMlp, Mlp
 from timm.layers.norm import LayerNorm2d
 from timm.models.convnext import ConvNeXt, ConvNeXtBlock, ConvNeXtStage
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
@@ -27,7 +29,10 @@ from shared import ranks
 from shared.errors import ConfigError, UsageError
 from stage2_pretrain.methods.norm import normalise_rows
 
-_CONTAINERS = (ResNet, BasicBlock, Bottleneck, ConvNeXt, ConvNeXtStage, ConvNeXtBlock, Mlp, nn.Sequential)
+_CONTAINERS = (
+    *(ResNet, BasicBlock, Bottleneck, ConvNeXt, ConvNeXtStage, ConvNeXtBlock),
+    *(Mlp, GlobalResponseNormMlp, nn.Sequential),
+)
 _POINTWISE = (nn.Identity, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.GELU, GELU, nn.SiLU, nn.Dropout, DropPath)
 """Act on each site alone and keep zero at zero."""
 _UNUSED = ("global_pool", "fc", "head")
@@ -95,7 +100,8 @@ def check_sparse(model: nn.Module) -> None:
         if not isinstance(child, _CONTAINERS + _POINTWISE + tuple(_SPARSE)):
             raise ConfigError(
                 f"backbone: {name} is a {type(child).__name__}, which has no sparse form",
-                hint="name a plain ResNet or ConvNeXt of timm, e.g. resnet18, resnet50, convnext_tiny",
+                hint="name a plain ResNet or ConvNeXt of timm, e.g. resnet18, resnet50, convnext_tiny; "
+                "methods for a ViT are mae and simmim",
             )
 
 
@@ -152,7 +158,11 @@ def _multiplied_last(module: nn.Module, feature: Tensor, sites: Sites) -> Tensor
     return output * sites.active(*output.shape[1:3])[:, 0, :, :, None].to(output.dtype)
 
 
-_SPARSE: dict[type[nn.Module], Callable[[nn.Module, Tensor, Sites], Tensor]] = {
+def _response_norm(norm: GlobalResponseNorm, feature: Tensor, sites: Sites) -> Tensor:
+    return (_multiplied if norm.channel_dim == 1 else _multiplied_last)(norm, feature, sites)
+
+
+_SPARSE: dict[type[nn.Module], Callable[[Any, Tensor, Sites], Tensor]] = {
     nn.BatchNorm2d: batch_norm,
     LayerNorm2d: _multiplied,
     nn.Conv2d: _multiplied,
@@ -160,19 +170,20 @@ _SPARSE: dict[type[nn.Module], Callable[[nn.Module, Tensor, Sites], Tensor]] = {
     nn.AvgPool2d: _multiplied,
     nn.LayerNorm: _multiplied_last,
     nn.Linear: _multiplied_last,
+    GlobalResponseNorm: _response_norm,
 }
 """LayerNorm2d stands before LayerNorm, which it subclasses."""
 
 
 def _bound(
-    forward: Callable[[nn.Module, Tensor, Sites], Tensor], module: nn.Module, sites: Sites
+    forward: Callable[[Any, Tensor, Sites], Tensor], module: nn.Module, sites: Sites
 ) -> Callable[[Tensor], Tensor]:
     return lambda feature: forward(module, feature, sites)
 
 
 def walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
     """Every module that a feature passes through, with its name; ``name`` is empty for the whole model."""
-    yield name or type(module).__name__, module
+    yield name or "the network", module
     for key, child in module.named_children():
         if name or key not in _UNUSED:
             yield from walk(child, f"{name}.{key}" if name else key)

@@ -52,7 +52,7 @@ def encode(made: SparK, image: Tensor, visible: Tensor) -> list[Tensor]:
     """Dense features of the four scales: what a decoder takes, scattering included."""
     where = made.where(visible)
     features = made.encode(image, where)
-    return [where.dense(feature) for feature in features] if made.packed else features
+    return [where.dense(feature) for feature in features] if made.execution == "packed" else features
 
 
 def is_right(name: str) -> bool:

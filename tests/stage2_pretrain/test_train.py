@@ -391,6 +391,8 @@ def test_a_coarse_grid_is_warned_of(corpus: Path, tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"size_px": 72}, "size_px: 72 is no multiple of the encoder's stride 16"),
+        ({"backbone": "vit_tiny_patch16_224", "backbone_options": "auto"}, "the network is a VisionTransformer, which"),
+        ({"method": "mae"}, "resnet18 is a ResNet, expected a plain VisionTransformer"),
         ({"size_px": 1600}, "grid: 100 patches along .* pixels of the region map"),
         ({"method": {"name": "sparks"}}, "unknown method 'sparks'"),
         ({"method": {"name": "spark", "decoder_widht": 8}}, "decoder_widht: unknown key. Did you mean 'decoder_width'"),

@@ -1,4 +1,4 @@
-"""ConvNeXt under SparK: trained, exported, cut off and continued; its norms see a site at a time, GRN is refused."""
+"""ConvNeXt under SparK: trained, exported, cut off and continued; its norms see a site at a time."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ from torch import nn
 
 from shared.artifact import Artifact
 from shared.backbones import build, load_encoder
-from shared.errors import ConfigError, InterruptedRun
+from shared.errors import InterruptedRun
 from stage2_pretrain import train
 from stage2_pretrain.methods.spark import SparK, SparKOptions
 from stage2_pretrain.methods.sparse import Sites, sparse
@@ -91,13 +91,6 @@ def test_a_norm_sees_one_visible_site_at_a_time() -> None:
     with sparse(made.encoder, sites):
         made.backbone.features(sites.multiply(image))
     assert (seen.count(True), seen.count(False)) == (4, 4)
-
-
-@pytest.mark.parametrize("name", ["convnextv2_atto", "convnextv2_nano"])
-def test_global_response_norm_is_refused_by_name(name: str) -> None:
-    backbone = build(name, in_chans=1, model_args=ARGS)
-    with pytest.raises(ConfigError, match=r"mlp is a GlobalResponseNormMlp, which has no sparse form"):
-        SparK(SparKOptions(decoder_width=32), backbone, size_px=64, seed=0)
 
 
 def test_training_lowers_the_loss_and_plain_timm_loads_the_export(whole: Artifact) -> None:

@@ -27,9 +27,11 @@ NETS: dict[str, tuple[str, int | None, dict[str, Any], int]] = {
     "convnext": ("convnext_atto", None, CONVNEXT, 96),
     "convnext, dilated": ("convnext_atto", 16, CONVNEXT, 64),
     "convnext of convolutions": ("convnext_atto", None, {**CONVNEXT, "conv_mlp": True}, 64),
+    "convnext v2": ("convnextv2_atto", None, CONVNEXT, 64),
+    "convnext v2 of convolutions": ("convnextv2_atto", 16, {**CONVNEXT, "conv_mlp": True}, 64),
 }
 TOLERANCE = 1e-12
-GRADIENT_TOLERANCE = 1e-11
+GRADIENT_TOLERANCE = 1e-10
 NO_TRUE_GRADIENT = "stages.3.blocks.0.mlp.fc2.bias"
 """Of ConvNeXt's last block: the BatchNorm of the densifying layer takes it away."""
 

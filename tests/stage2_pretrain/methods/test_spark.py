@@ -6,7 +6,8 @@ import torch
 from shared.backbones import build
 from shared.errors import ConfigError, UsageError
 from stage2_pretrain.methods import METHODS
-from stage2_pretrain.methods.spark import SparK, SparKOptions, normalise, patches, unpatch
+from stage2_pretrain.methods.pixels import normalise, patches, unpatch
+from stage2_pretrain.methods.spark import SparK, SparKOptions
 from stage2_pretrain.methods.sparse import Sites
 from tests.stage2_pretrain.methods import naive
 
