@@ -13,8 +13,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,77 +21,17 @@ from torch import Tensor, nn
 from shared import ranks
 from shared.artifact import refuse_without_room
 from shared.checkpoint import latest_state, save_state
-from shared.errors import CorruptError, InterruptedRun, MwmError, UsageError
+from shared.errors import CorruptError, InterruptedRun, UsageError
+from shared.guards import RECENT, check_finite, check_jump, memory_in_words
 from shared.heap import keep_freed_memory
 from shared.loader import loader_deaths
+from shared.optimizer import Plan, build_optimizer, learning_rate, weight_decay
 from shared.rng import seed_key
 from shared.runlog import RunLog, read_metrics
 from shared.signals import Signals
 
 VERSION = 1
 """Raised when equal inputs and plans give other weights; part of a run's specification."""
-
-
-class NonFiniteError(UsageError, ArithmeticError):
-    """The loss or a gradient became NaN or infinite (exit 2)."""
-
-    kind = "non-finite"
-
-
-class ExplodedError(UsageError, ArithmeticError):
-    """The loss jumped to many times what it was (exit 2)."""
-
-    kind = "exploded"
-
-
-class MemoryFullError(MwmError, MemoryError):
-    """A step does not fit into memory (exit 2)."""
-
-    kind = "out-of-memory"
-    exit_code = 2
-
-
-_RECENT, _ENOUGH = 64, 16
-"""Losses whose median a jump is measured by, and how many there must be."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How to optimise.
-
-    Attributes:
-        steps: Optimiser steps of the whole run, at least 1.
-        lr: Peak learning rate.
-        warmup_steps: Steps of linear growth from 0 to `lr`.
-        lr_end: Learning rate at the end of the cosine.
-        weight_decay: Decay of weights; biases, norms and tokens (fewer than 2 axes) have none.
-        weight_decay_end: What ``weight_decay`` becomes by a cosine over the whole run, or None for no change.
-        optimizer: AdamW, or LAMB (timm's).
-        betas: Decay rates of the optimiser's moments.
-        clip_norm: Largest norm of all gradients together, or None.
-        ema: Decay a step of the moving average of the weights, for a `fit` that is given one.
-        max_jump: A loss above this many times the median of the last 64 ends the fit, or None for any.
-        seed: Seeds torch's own draws (dropout, drop path) of every step.
-        checkpoint_s: Seconds between states.
-        checkpoint_steps: Steps between states, or None for by time alone.
-        keep: States to keep.
-    """
-
-    steps: int
-    lr: float
-    warmup_steps: int = 0
-    lr_end: float = 0.0
-    weight_decay: float = 0.05
-    weight_decay_end: float | None = None
-    optimizer: Literal["adamw", "lamb"] = "adamw"
-    betas: tuple[float, float] = (0.9, 0.95)
-    clip_norm: float | None = 5.0
-    ema: float = 0.999
-    max_jump: float | None = None
-    seed: int = 0
-    checkpoint_s: float = 60.0
-    checkpoint_steps: int | None = None
-    keep: int = 2
 
 
 class Stateful(Protocol):
@@ -179,7 +118,7 @@ def fit(
         CorruptError: The states are broken, or of another module.
     """
     keep_freed_memory()
-    optimizer = _optimizer(module, plan, lr_scale)
+    optimizer = build_optimizer(module, plan, lr_scale)
     writer = ranks.rank() == 0
     tags = dict(where or {})
     found = latest_state(state, log.warn)
@@ -200,7 +139,7 @@ def fit(
         return fitted
     if writer:
         _refuse_without_room(module, ema, state, plan.keep)
-    recent = deque(_losses(log, tags, begun), _RECENT)
+    recent = deque(_losses(log, tags, begun), RECENT)
     saved_at = time.monotonic()
     source = iter(batches(begun))
     with Signals() as signals, torch.random.fork_rng(devices=[]), _closing(source), loader_deaths():
@@ -265,7 +204,7 @@ def rehearse(
         NonFiniteError: Loss or gradient not finite.
     """
     keep_freed_memory()
-    optimizer = _optimizer(module, plan, None)
+    optimizer = build_optimizer(module, plan, None)
     seconds: list[float] = []
     source = iter(batches)
     with torch.random.fork_rng(devices=[]):
@@ -288,54 +227,6 @@ def _closing(source: Iterator[Any]) -> Iterator[None]:
             source.close()
 
 
-def learning_rate(plan: Plan, index: int) -> float:
-    """Learning rate of a step: linear warm-up, then a cosine from `lr` to `lr_end`.
-
-    >>> plan = Plan(steps=10, lr=1.0, warmup_steps=2)
-    >>> [round(learning_rate(plan, index), 3) for index in (0, 1, 2, 6, 9)]
-    [0.5, 1.0, 1.0, 0.5, 0.038]
-    """
-    if index < plan.warmup_steps:
-        return plan.lr * (index + 1) / plan.warmup_steps
-    share = (index - plan.warmup_steps) / max(1, plan.steps - plan.warmup_steps)
-    return plan.lr_end + (plan.lr - plan.lr_end) * 0.5 * (1 + math.cos(math.pi * share))
-
-
-def weight_decay(plan: Plan, index: int) -> float:
-    """Weight decay of a step: a cosine from `weight_decay` to `weight_decay_end`, if there is one.
-
-    >>> plan = Plan(steps=5, lr=1.0, weight_decay=0.04, weight_decay_end=0.2)
-    >>> [round(weight_decay(plan, index), 3) for index in range(5)]
-    [0.04, 0.063, 0.12, 0.177, 0.2]
-    """
-    if plan.weight_decay_end is None:
-        return plan.weight_decay
-    share = 0.5 * (1 - math.cos(math.pi * index / max(1, plan.steps - 1)))
-    return plan.weight_decay + (plan.weight_decay_end - plan.weight_decay) * share
-
-
-def _optimizer(module: nn.Module, plan: Plan, lr_scale: Callable[[str], float] | None) -> torch.optim.Optimizer:
-    """The optimiser over the trained parameters."""
-    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
-    for name, parameter in module.named_parameters():
-        scale = 1.0 if lr_scale is None else lr_scale(name)
-        if parameter.requires_grad and scale > 0:
-            groups.setdefault((scale, not _undecayed(parameter)), []).append(parameter)
-    if not groups:
-        raise UsageError("nothing to train: every parameter is frozen")
-    listed = [{"params": params, "scale": scale, "decays": decays} for (scale, decays), params in groups.items()]
-    if plan.optimizer == "lamb":
-        from timm.optim.lamb import Lamb
-
-        return Lamb(listed, lr=plan.lr, betas=plan.betas, max_grad_norm=None)  # clipping is this loop's
-    return torch.optim.AdamW(listed, lr=plan.lr, betas=plan.betas)
-
-
-def _undecayed(parameter: Tensor) -> bool:
-    """Biases, norm scales and tokens ([1, C, 1, 1]): at most one axis is longer than 1."""
-    return sum(length > 1 for length in parameter.shape) < 2
-
-
 def _advance(
     module: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -352,43 +243,21 @@ def _advance(
         group["weight_decay"] = weight_decay(plan, index) if group["decays"] else 0.0
     optimizer.zero_grad(set_to_none=True)
     own: dict[str, float] = {}
-    with _memory(index, sample_ids):
+    with memory_in_words(index, sample_ids):
         made = step(batch, index)
         for part in [made] if isinstance(made, dict) else made:
             for name, value in part.items():
                 own[name] = own.get(name, 0.0) + float(value.detach())
             part["loss"].backward()
     scalars = ranks.totals(own)
-    _check_finite("loss", scalars["loss"], index, sample_ids)
-    _check_jump(scalars["loss"], recent, plan.max_jump, index, sample_ids)
+    check_finite("loss", scalars["loss"], index, sample_ids)
+    check_jump(scalars["loss"], recent, plan.max_jump, index, sample_ids)
     ranks.add_gradients(module.parameters())
     norm = nn.utils.clip_grad_norm_(module.parameters(), plan.clip_norm or math.inf)
     scalars["grad_norm"] = float(norm)
-    _check_finite("gradient norm", scalars["grad_norm"], index, sample_ids)
+    check_finite("gradient norm", scalars["grad_norm"], index, sample_ids)
     optimizer.step()
     return {**scalars, "lr": rate}
-
-
-def _check_finite(what: str, value: float, index: int, sample_ids: Sequence[str]) -> None:
-    if not math.isfinite(value):
-        raise NonFiniteError(
-            f"{what} is {value} at step {index + 1}, expected a finite number; samples: {_shown(sample_ids)}",
-            hint="lower lr, or look at these samples; the state before this step is kept",
-        )
-
-
-def _check_jump(
-    value: float, recent: deque[float], max_jump: float | None, index: int, sample_ids: Sequence[str]
-) -> None:
-    """Compare with the median of the last losses, and make it one of them."""
-    usual = median(recent) if len(recent) >= _ENOUGH else math.inf
-    if max_jump is not None and value > max_jump * usual:
-        raise ExplodedError(
-            f"loss is {value:.4g} at step {index + 1}, {value / usual:.0f} times the median of the {len(recent)} "
-            f"before ({usual:.4g}), expected at most {max_jump:g} times; samples: {_shown(sample_ids)}",
-            hint="lower lr or warm up longer, or look at these samples; the state before this step is kept",
-        )
-    recent.append(value)
 
 
 def _losses(log: RunLog, tags: Mapping[str, Any], begun: int) -> list[float]:
@@ -398,29 +267,6 @@ def _losses(log: RunLog, tags: Mapping[str, Any], begun: int) -> list[float]:
         for row in read_metrics(log.out)
         if row["step"] <= begun and row.get("loss") is not None and all(row.get(k) == tags[k] for k in tags)
     ]
-
-
-def _shown(sample_ids: Sequence[str]) -> str:
-    return ", ".join(sample_ids[:8]) + (f" and {len(sample_ids) - 8} more" if len(sample_ids) > 8 else "")
-
-
-@contextmanager
-def _memory(index: int, sample_ids: Sequence[str]) -> Iterator[None]:
-    """What torch says where memory ends, in our words."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        # A GPU's has a class; the CPU allocator's is a RuntimeError that is known by its words alone.
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
-            raise
-        raise MemoryFullError(
-            f"out of memory in step {index + 1} of {len(sample_ids)} images: {_first_line(error)}",
-            hint="the batch must be smaller: lower batch_size; the images' side (size_px) counts squared",
-        ) from None
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:160]
 
 
 @torch.no_grad()

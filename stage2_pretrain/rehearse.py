@@ -20,8 +20,8 @@ from shared.runlog import duration
 from shared.workspace import look
 from stage2_pretrain.config import PretrainConfig
 from stage2_pretrain.pictures import draw_strip
+from stage2_pretrain.run import FEW_PATCHES, Run, prepare, resolve
 from stage2_pretrain.steps import Step
-from stage2_pretrain.train import FEW_PATCHES, Run, prepare, resolve
 from stage2_pretrain.witness import WITNESSES_MAX
 
 if TYPE_CHECKING:

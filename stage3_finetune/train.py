@@ -21,8 +21,9 @@ from shared.errors import ConfigError
 from shared.images import Source, find_sources
 from shared.lease import Lease
 from shared.loop import VERSION as LOOP_VERSION
-from shared.loop import Plan, fit
+from shared.loop import fit
 from shared.merkle import tensor_digest
+from shared.optimizer import Plan
 from shared.order import schedule, steps_per_epoch
 from shared.runlog import RunLog, scrub
 from shared.workspace import begin, set_aside

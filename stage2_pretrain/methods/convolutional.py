@@ -8,7 +8,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from shared.backbones import Backbone
-from stage2_pretrain.methods.packed import Cells, check_packed, packed
+from stage2_pretrain.methods.cells import Cells
+from stage2_pretrain.methods.packed import check_packed, packed
 from stage2_pretrain.methods.sparse import Sites, check_sparse, sparse
 
 Execution = Literal["packed", "masked"]

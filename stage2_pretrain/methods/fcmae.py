@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from shared.backbones import Backbone
 from shared.config import Strict
 from shared.rng import seed_key
+from stage2_pretrain.methods.cells import Cells
 from stage2_pretrain.methods.convolutional import EXECUTION, Execution, check_encoder, encode, locate, looked_at
-from stage2_pretrain.methods.packed import Cells
 from stage2_pretrain.methods.pixel_method import PixelMethod
 from stage2_pretrain.methods.pixels import count_hidden, error, target
 from stage2_pretrain.methods.sparse import Sites

@@ -18,9 +18,9 @@ from shared.backbones import Backbone
 from shared.config import Strict
 from shared.errors import ConfigError
 from shared.rng import seed_key
+from stage2_pretrain.methods.cells import Cells
 from stage2_pretrain.methods.convolutional import EXECUTION, Execution, check_encoder, encode, locate, looked_at
 from stage2_pretrain.methods.norm import BatchNorm2d
-from stage2_pretrain.methods.packed import Cells
 from stage2_pretrain.methods.pixel_method import PixelMethod
 from stage2_pretrain.methods.pixels import count_hidden, error, patches, target
 from stage2_pretrain.methods.sparse import Sites

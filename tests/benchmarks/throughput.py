@@ -45,8 +45,8 @@ from shared.region_writer import (
 from shared.regions import RegionStore, open_region_store
 from stage2_pretrain.config import PretrainConfig
 from stage2_pretrain.methods import METHODS
+from stage2_pretrain.run import Run, prepare, resolve
 from stage2_pretrain.steps import Step
-from stage2_pretrain.train import Run, prepare, resolve
 
 SIZES_PX = (128, 224)
 NETS: dict[str, dict[str, Any]] = {

@@ -9,13 +9,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from torch import nn
 
 from shared import loop
 from shared.checkpoint import latest_state
 from shared.errors import CorruptError, InterruptedRun, UsageError
-from shared.loop import ExplodedError, MemoryFullError, NonFiniteError, Plan, fit, learning_rate
+from shared.guards import ExplodedError, MemoryFullError, NonFiniteError
+from shared.loop import fit
+from shared.optimizer import Plan, build_optimizer, learning_rate
 from shared.order import schedule
 from shared.rng import seed_key
 from shared.runlog import RunLog, read_metrics
@@ -301,6 +304,16 @@ def test_decay_spares_biases_norms_and_tokens(tmp_path):
     assert torch.equal(net.weight, torch.full((3, 2), 0.75))
     assert torch.equal(net.bias, torch.ones(3))
     assert torch.equal(net.token, torch.ones(1, 3, 1, 1))
+
+
+def test_decay_spares_what_a_model_asks_to_spare():
+    net = nn.Sequential(timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, num_classes=0, reg_tokens=2))
+    groups = build_optimizer(net, Plan(steps=1, lr=1.0), None).param_groups
+    decays = {id(parameter): group["decays"] for group in groups for parameter in group["params"]}
+    found = {name: decays[id(parameter)] for name, parameter in net.named_parameters()}
+    assert not found["0.pos_embed"]
+    assert not found["0.reg_token"]
+    assert found["0.blocks.0.attn.qkv.weight"]
 
 
 def test_lr_scale_freezes_and_slows(tmp_path):

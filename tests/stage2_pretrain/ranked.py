@@ -8,7 +8,8 @@ import torch
 
 from shared import ranks
 from shared.backbones import build
-from shared.loop import Plan, fit
+from shared.loop import fit
+from shared.optimizer import Plan
 from stage2_pretrain.methods.norm import normalise_rows
 from stage2_pretrain.methods.spark import SparK, SparKOptions
 from tests.stage2_pretrain.methods.test_spark import randomise

@@ -21,12 +21,13 @@ SMOOTH = {
     "backbone_options": {"depths": [1, 1, 1, 1], "dims": [8, 8, 12, 12]},
     "epochs": 25,
     "batch_size": 5,
-    "lr": 2e-4,
+    "lr": 2e-5,
     "warmup_epochs": 10,
     "save_every_steps": 5,
 }
-"""50 steps of 5 images, 2 and 3 a process. Without max pooling and ReLU in the encoder: behind kinks and batch
-statistics a difference in the last bit grows a hundred thousand times in as many steps, between 1 and 2 threads too."""
+"""50 steps of 5 images, 2 and 3 a process. Without max pooling and ReLU in the encoder, and slowly: behind kinks and
+batch statistics a difference in the last bit grows with every step, between 1 and 2 threads too; at ten times this rate
+by a few thousand times in 50 steps on one kind of CPU, and by a hundred on another."""
 SCRIPT = """
 import os, signal, sys
 from pipelines import cli

@@ -28,7 +28,8 @@ from stage2_pretrain.kernels import choice
 from stage2_pretrain.masking.sampler import MaskSampler
 from stage2_pretrain.pictures import read_examples
 from stage2_pretrain.redraw import redraw_one
-from stage2_pretrain.train import prepare, pretrain, resolve
+from stage2_pretrain.run import prepare, resolve
+from stage2_pretrain.train import pretrain
 from stage2_pretrain.witness import read_witnesses, redraw
 from tests.shared.event_files import pictures, points
 from tests.stage2_pretrain.stores import write_discs, write_store

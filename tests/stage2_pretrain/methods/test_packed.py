@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from shared.backbones import build
 from shared.errors import ConfigError, UsageError
-from stage2_pretrain.methods.packed import Cells, _route, _SameConv, check_packed
+from stage2_pretrain.methods.cells import Cells
+from stage2_pretrain.methods.packed import _route, _SameConv, check_packed
 from stage2_pretrain.methods.spark import SparK, SparKOptions
 from stage2_pretrain.methods.sparse import Sites
 from tests.stage2_pretrain.methods.test_spark import SMALL, randomise, worst
