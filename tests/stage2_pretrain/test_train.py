@@ -316,7 +316,7 @@ def test_masks_drawn_on_the_device_of_the_encoder_are_the_same(
     monkeypatch.setattr(choice, "_against_fused", lambda device, patches: None)
     monkeypatch.setattr(MaskSampler, "cover", None)  # the loader pools nothing
     made = run(corpus, tmp_path / "out", loader_workers=1)
-    assert yaml.safe_load((made.path / "run/resolved.yaml").read_text())["impl"] == "fused"
+    assert yaml.safe_load((made.path / "resolved.yaml").read_text())["impl"] == "fused"
     assert made.card.artifact_id == whole.card.artifact_id
     assert read_examples(made.path)[0].hidden.tolist() == read_examples(whole.path)[0].hidden.tolist()
 
