@@ -58,11 +58,17 @@ class Sites:
         self._index: dict[tuple[int, int], Int64[Tensor, "n"]] = {}
 
     def active(self, height: int, width: int) -> Bool[Tensor, "B 1 h w"]:
-        """Active sites of a feature map; its sides are whole multiples of the grid's."""
+        """Active sites of a feature map; its sides are whole multiples of the grid's, or the grid's of its.
+
+        Where the grid is the finer one, a site is active if any of its patches is visible.
+        """
         key = (height, width)
         if key not in self._active:
-            rows, columns = height // self.visible.shape[1], width // self.visible.shape[2]
-            spread = self.visible.repeat_interleave(rows, 1).repeat_interleave(columns, 2)
+            batch, rows, columns = self.visible.shape
+            if height >= rows:
+                spread = self.visible.repeat_interleave(height // rows, 1).repeat_interleave(width // columns, 2)
+            else:
+                spread = self.visible.view(batch, height, rows // height, width, columns // width).any(4).any(2)
             self._active[key] = spread[:, None]
         return self._active[key]
 
@@ -75,7 +81,10 @@ class Sites:
 
     def count(self, height: int, width: int) -> int:
         """Active sites of the batch, in all processes."""
-        return self._count * (height // self.visible.shape[1]) * (width // self.visible.shape[2])
+        rows, columns = self.visible.shape[1:]
+        if height >= rows:
+            return self._count * (height // rows) * (width // columns)
+        return ranks.total(int(self.active(height, width).sum()))
 
     def norm(self, norm: nn.Module, feature: Float[Tensor, "B C h w"]) -> Float[Tensor, "B C h w"]:
         """`batch_norm` of these sites."""

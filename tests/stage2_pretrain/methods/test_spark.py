@@ -209,5 +209,71 @@ def test_nothing_hidden_or_one_site_is_an_error():
         made.loss(image, visible)
 
 
+def made_with(size_px: int = 64, stride: int = 32, **options) -> SparK:
+    backbone = build("resnet18", in_chans=1, output_stride=stride, model_args=SMALL, seed=0)
+    return SparK(SparKOptions(decoder_width=32, **options), backbone, size_px=size_px, seed=0).double().train()
+
+
+def test_a_finer_grid_is_the_coarse_one_where_it_hides_whole_positions():
+    coarse, fine = made_with(execution="masked"), made_with(execution="masked", patch_px=8)
+    assert (coarse.grid, fine.grid) == ((2, 2), (8, 8))
+    image, visible = example(coarse)
+    finer = visible.repeat_interleave(4, 1).repeat_interleave(4, 2)
+    for one, other in zip(coarse.encode(image, Sites(visible)), fine.encode(image, Sites(finer)), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_position_is_active_where_any_of_its_pixels_is_visible():
+    made = made_with(execution="masked", patch_px=8)
+    image = torch.rand(2, 1, 64, 64, dtype=torch.float64)
+    visible = torch.zeros(2, 8, 8, dtype=torch.bool)
+    visible[0, 1, 2] = visible[1, 0, 7] = visible[1, 5, 1] = True
+    sites = Sites(visible)
+    assert sites.active(2, 2)[:, 0].tolist() == [[[True, False], [False, False]], [[False, True], [True, False]]]
+    assert (sites.count(2, 2), sites.count(4, 4), sites.count(8, 8), sites.count(16, 16)) == (3, 3, 3, 12)
+    features = made.encode(image, sites)
+    for feature in features:
+        on = sites.active(*feature.shape[2:]).expand_as(feature)
+        assert not feature[~on].any()
+    hidden = ~visible.repeat_interleave(8, 1).repeat_interleave(8, 2)[:, None]
+    other = torch.where(hidden, torch.rand_like(image), image)
+    for one, two in zip(features, made.encode(other, sites), strict=True):
+        assert torch.equal(one, two)  # of an active position only visible pixels are read
+    made.loss(image, visible)["loss"].backward()
+    assert made.attention(image).shape == made.errors(image, visible).shape == (2, 64)
+    assert made.attention(image).view(2, 2, 4, 2, 4).std((2, 4)).max() < 1e-12
+
+
+@pytest.mark.parametrize("stride", [16, 32])
+def test_the_lean_decoder_draws_and_learns_without_norms(stride):
+    made = made_with(stride=stride, decoder="lean")
+    assert not any(isinstance(part, torch.nn.BatchNorm2d) for part in made.decoder.modules())
+    image, visible = example(made)
+    assert made(image, visible).shape == image.shape
+    optimizer = torch.optim.AdamW(made.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(12):
+        optimizer.zero_grad()
+        loss = made.loss(image, visible)["loss"]
+        loss.backward()
+        assert all(value.grad is not None for value in made.parameters())
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"patch_px": 8}, "method.patch_px: 8, finer than the encoder's stride 32: expected execution=masked"),
+        ({"patch_px": 24, "execution": "masked"}, "method.patch_px: 24, expected a divisor of the encoder's stride 32"),
+        ({"patch_px": 64, "execution": "masked"}, "method.patch_px: 64, expected a divisor"),
+    ],
+)
+def test_patches_that_do_not_fit_are_refused(options, message):
+    with pytest.raises(ConfigError, match=message):
+        made_with(**options)
+
+
 def test_the_table_knows_it():
     assert METHODS.load("spark") is SparK
