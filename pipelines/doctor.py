@@ -286,8 +286,7 @@ def _recipes() -> Check:
 
     names = sorted(path.stem for path in RECIPES.glob("*.yaml"))
     for name in names:
-        overrides = ["localize.regions.any=any"] if name == "default" else []
-        read_config(ChainConfig, name, None, overrides)
+        read_config(ChainConfig, name, None, ["localize.regions.any=any"])  # most leave regions to the user
     if not names:
         return Check("recipes", "BAD", "none", "the built-in recipes", "reinstall mwm")
     return Check("recipes", "ok", ", ".join(names))

@@ -27,7 +27,7 @@ def test_every_part_is_listed_with_what_it_does(mwm) -> None:
     assert tuple(told) == listing.KINDS
     for kind, table in listing.tables().items():
         assert [part["name"] for part in told[kind]] == list(table)
-    assert {"default", "tour"} <= {part["name"] for part in told["recipes"]}
+    assert {"default", "tour", "mask-what-matters", "mae"} <= {part["name"] for part in told["recipes"]}
     assert all(len(part["description"]) > 20 for parts in told.values() for part in parts)
     code, out, _ = mwm("list", "policies")
     assert code == 0
