@@ -204,6 +204,7 @@ def export_encoder(
             "fixed_input_size": bool(cfg.get("fixed_input_size", False)),
             "interpolation": "bilinear",
             "crop_pct": 1.0,
+            "crop_mode": "squash",
             "mean": list(mean),
             "std": list(std),
             "first_conv": cfg.get("first_conv"),
