@@ -91,8 +91,8 @@ def _loading(source: Exportable, to: str, name: str) -> str:
             f'{outputs} = session.run(None, {{"pixels": pixels}})  # float32 [B, {given}], in [0, 1]'
         )
         return (
-            f"{_python(python)}\n\nPixels are grey levels in [0, 1]: mean and deviation are part of the graph. Squash "
-            f"images of other shapes to {rows} x {columns}."
+            f"{_python(python)}\n\nPixels are {'grey levels' if channels == 1 else 'RGB'} in [0, 1]: mean and "
+            f"deviation are part of the graph. Squash images of other shapes to {rows} x {columns}."
         )
     timm = (
         "import timm\n"
@@ -157,7 +157,7 @@ def _pretraining(card: Card, store: Card | None) -> dict[str, object]:
         "epochs": f"{outputs['epochs']}, {outputs['steps']} steps of {spec['batch_size']} images",
         "image side": f"{spec['size_px']} px",
         "patches": " x ".join(map(str, mask["grid"])),
-        "mask policy": f"{mask['policy']['name']}, version {mask['policy']['version']}, in thousandths: "
+        "mask policy": f"{mask['policy']['name']}, version {mask['policy']['version']}, shares in thousandths: "
         f"{_listed(mask['policy']['options'])}",
     }
     if first := mask.get("schedule", {}).get("first"):

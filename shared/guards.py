@@ -50,11 +50,12 @@ def check_jump(
 ) -> None:
     """Compare with the median of the last losses, and make it one of them."""
     usual = median(recent) if len(recent) >= _ENOUGH else math.inf
-    if max_jump is not None and value > max_jump * usual:
+    if max_jump is not None and usual > 0 and value > max_jump * usual:
         raise ExplodedError(
             f"loss is {value:.4g} at step {index + 1}, {value / usual:.0f} times the median of the {len(recent)} "
             f"before ({usual:.4g}), expected at most {max_jump:g} times; samples: {_shown(sample_ids)}",
-            hint="lower lr or warm up longer, or look at these samples; the state before this step is kept",
+            hint="lower lr or warm up longer, or look at these samples; the state before this step is kept, and goes "
+            "on with a higher max_loss_jump",
         )
     recent.append(value)
 

@@ -25,12 +25,12 @@ from shared.errors import CorruptError, InterruptedRun, UsageError
 from shared.guards import RECENT, check_finite, check_jump, memory_in_words
 from shared.heap import keep_freed_memory
 from shared.loader import loader_deaths
-from shared.optimizer import Plan, build_optimizer, learning_rate, weight_decay
+from shared.optimizer import Plan, build_optimizer, ema_decay, learning_rate, weight_decay
 from shared.rng import seed_key
 from shared.runlog import RunLog, read_metrics
 from shared.signals import Signals
 
-VERSION = 1
+VERSION = 2
 """Raised when equal inputs and plans give other weights; part of a run's specification."""
 
 
@@ -148,9 +148,10 @@ def fit(
             batch, sample_ids = next(source)
             started = time.perf_counter()
             torch.manual_seed((seed_key("torch", plan.seed) + index) % 2**63)
-            scalars = _advance(module, optimizer, step, batch, sample_ids, plan, index, recent)
-            if ema is not None:
-                _average(ema, module, plan.ema)
+            with memory_in_words(index, sample_ids):
+                scalars = _advance(module, optimizer, step, batch, sample_ids, plan, index, recent)
+                if ema is not None:
+                    _average(ema, module, ema_decay(plan, index))
             ended = time.perf_counter()
             fitted.wait_s += started - waited
             fitted.busy_s += ended - started
@@ -212,7 +213,8 @@ def rehearse(
             started = time.perf_counter()
             batch, sample_ids = next(source)
             torch.manual_seed((seed_key("torch", plan.seed) + index) % 2**63)
-            _advance(module, optimizer, step, batch, sample_ids, plan, index, deque())
+            with memory_in_words(index, sample_ids):
+                _advance(module, optimizer, step, batch, sample_ids, plan, index, deque())
             seconds.append(time.perf_counter() - started)
     return seconds
 
@@ -243,12 +245,11 @@ def _advance(
         group["weight_decay"] = weight_decay(plan, index) if group["decays"] else 0.0
     optimizer.zero_grad(set_to_none=True)
     own: dict[str, float] = {}
-    with memory_in_words(index, sample_ids):
-        made = step(batch, index)
-        for part in [made] if isinstance(made, dict) else made:
-            for name, value in part.items():
-                own[name] = own.get(name, 0.0) + float(value.detach())
-            part["loss"].backward()
+    made = step(batch, index)
+    for part in [made] if isinstance(made, dict) else made:
+        for name, value in part.items():
+            own[name] = own.get(name, 0.0) + float(value.detach())
+        part["loss"].backward()
     scalars = ranks.totals(own)
     check_finite("loss", scalars["loss"], index, sample_ids)
     check_jump(scalars["loss"], recent, plan.max_jump, index, sample_ids)
@@ -271,8 +272,10 @@ def _losses(log: RunLog, tags: Mapping[str, Any], begun: int) -> list[float]:
 
 @torch.no_grad()
 def _average(ema: dict[str, Tensor], module: nn.Module, decay: float) -> None:
+    """Weights are averaged; buffers (statistics of batch norms, which are averages already) are copied."""
+    averaged = {name for name, _ in module.named_parameters()}
     for name, value in module.state_dict().items():
-        if value.is_floating_point():
+        if name in averaged:
             ema[name].mul_(decay).add_(value, alpha=1 - decay)
         else:
             ema[name].copy_(value)

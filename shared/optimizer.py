@@ -27,7 +27,7 @@ class Plan:
         optimizer: AdamW, or LAMB (timm's).
         betas: Decay rates of the optimiser's moments.
         clip_norm: Largest norm of all gradients together, or None.
-        ema: Decay a step of the moving average of the weights, for a `fit` that is given one.
+        ema: Decay a step of the moving average of the weights, for a `fit` that is given one; lower at first.
         max_jump: A loss above this many times the median of the last 64 ends the fit, or None for any.
         seed: Seeds torch's own draws (dropout, drop path) of every step.
         checkpoint_s: Seconds between states.
@@ -76,6 +76,18 @@ def weight_decay(plan: Plan, index: int) -> float:
         return plan.weight_decay
     share = 0.5 * (1 - math.cos(math.pi * index / max(1, plan.steps - 1)))
     return plan.weight_decay + (plan.weight_decay_end - plan.weight_decay) * share
+
+
+def ema_decay(plan: Plan, index: int) -> float:
+    """Decay of the moving average in a step: `Plan.ema`, but not before it has forgotten the initial weights.
+
+    Source: exponential moving average of TensorFlow and timm, min(decay, (1 + n) / (10 + n)).
+
+    >>> plan = Plan(steps=9, lr=1.0, ema=0.9)
+    >>> [round(ema_decay(plan, index), 2) for index in (0, 1, 10, 100)]
+    [0.1, 0.18, 0.55, 0.9]
+    """
+    return min(plan.ema, (1 + index) / (10 + index))
 
 
 def build_optimizer(module: nn.Module, plan: Plan, lr_scale: Callable[[str], float] | None) -> torch.optim.Optimizer:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from shared.config import Strict, runtime, validate
 from shared.errors import ConfigError
@@ -13,15 +13,17 @@ from stage2_pretrain.masking.coverage import CoverageOptions
 from stage2_pretrain.masking.schedule import ScheduleOptions
 from stage2_pretrain.window import WindowOptions
 
+_DEFAULTS = {"method": "spark", "policy": "region"}
+
 
 class PretrainConfig(Strict):
     """Stage 2: how images and their region maps become an encoder."""
 
     method: dict[str, Any] = Field(
-        {"name": "spark"}, description="Pretraining method: its name, or 'name' and its own settings."
+        {"name": _DEFAULTS["method"]}, description="Pretraining method: its name, or 'name' and its own settings."
     )
     policy: dict[str, Any] = Field(
-        {"name": "region"},
+        {"name": _DEFAULTS["policy"]},
         description="Mask policy, where and how much to hide: its name, or 'name' and its own settings.",
     )
     schedule: ScheduleOptions = Field(ScheduleOptions(), description="How the policy's settings change over epochs.")
@@ -65,8 +67,8 @@ class PretrainConfig(Strict):
         None,
         gt=0,
         lt=1,
-        description="Decay a step of a moving average of the weights, which is then what is published, and the teacher "
-        "of policies that follow one (0.999 there if not given).",
+        description="Decay a step of a moving average of the weights, which is then what is published. Policies that "
+        "follow a teacher average for it whether this is set (to 0.999 if not) or not, and publish the weights if not.",
     )
     clip_norm: float = Field(5.0, gt=0, description="Gradient norm above which gradients are scaled down.")
     seed: int = Field(0, ge=0, lt=1 << 64, description="Seed of masks, windows, order and initial weights.")
@@ -105,7 +107,10 @@ class PretrainConfig(Strict):
 
     @field_validator("method", "policy", mode="before")
     @classmethod
-    def _bare_name(cls, value: Any) -> Any:
+    def _named(cls, value: Any, field: ValidationInfo) -> Any:
+        """A bare name, or settings alone: they are the default's."""
+        if isinstance(value, dict):
+            return {**({} if "name" in value else {"name": _DEFAULTS[str(field.field_name)]}), **value}
         return {"name": value} if isinstance(value, str) else value
 
     @field_validator("policy")

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Int32, UInt8
+from jaxtyping import Bool, Float32, Int32, UInt8
 from torch import Tensor
 
 from shared.artifact import write_atomic
 from shared.figures import REGION_COLOURS, paint
 from shared.report import Example
-from stage2_pretrain.guide import Guide
 from stage2_pretrain.masking.coverage import COVERAGE_MAX, cell_edges, orient
 from stage2_pretrain.steps import Step, Steps
 
@@ -26,8 +25,7 @@ _STRIP, _STRIP_PX = 3, 224
 def draw_examples(
     steps: Steps,
     method: Any,
-    guide: Guide | None,
-    names: Sequence[str],
+    recorded: Mapping[str, Bool[np.ndarray, "L"]],
     *,
     epoch: int,
     normalise: Callable[[Tensor], Tensor],
@@ -38,21 +36,18 @@ def draw_examples(
     Args:
         steps: Of the run.
         method: Trained.
-        guide: Whom the policy follows, if it does.
-        names: Sample ids; none gives an empty list.
+        recorded: Sample id -> what was hidden of it in that epoch; none gives an empty list.
         epoch: Whose windows and masks.
         normalise: Pixels in [0, 1] to what the method takes.
         restore: The reverse.
     """
-    if not names:
+    if not recorded:
         return []
     place = {name: index for index, name in enumerate(steps.dataset.sample_ids)}
-    indices = [place[name] for name in names]
-    batch = steps.dataset.batch(indices, epoch)
-    step, image = steps.of(batch, indices, epoch), normalise(batch["image"])
-    step, visible = steps.draw(step, guide, image)
-    hidden = step.masks.hidden.reshape(-1, *steps.sampler.grid)
-    drawn = restore(method.reconstruct(image, visible)).clamp(0, 1).cpu()
+    batch = steps.dataset.batch([place[name] for name in recorded], epoch)
+    image = normalise(batch["image"])
+    hidden = np.stack([*recorded.values()]).reshape(-1, *steps.sampler.grid)
+    drawn = restore(method.reconstruct(image, torch.from_numpy(~hidden).to(image.device))).clamp(0, 1).cpu()
     regions = steps.dataset.store.regions
     return [
         Example(
@@ -62,7 +57,7 @@ def draw_examples(
             hidden=hidden[i],
             reconstruction=drawn[i].numpy(),
         )
-        for i, name in enumerate(names)
+        for i, name in enumerate(recorded)
     ]
 
 

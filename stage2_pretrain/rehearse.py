@@ -151,10 +151,21 @@ def _forecast(
     state = sum(value.nbytes for value in run.method.state_dict().values()) + 2 * sum(
         parameter.nbytes for parameter in run.method.parameters()
     )
+    if run.guide is not None or config.ema is not None:
+        state += sum(value.nbytes for value in run.method.state_dict().values())
     states = 1 if wall < config.save_every_s and config.save_every_steps is None else 2
-    witnesses = config.epochs * (min(samples, WITNESSES_MAX) * (run.masks.patches // 8 + 1) + 16)
+    kept_of_patches = run.masks.patches // 8 + 1 + (run.masks.patches if run.guide is not None else 0)
+    witnesses = config.epochs * (min(samples, WITNESSES_MAX) * kept_of_patches + 16)
     pictures = min(config.pictures, samples) * _EXAMPLE_BYTES * (config.size_px / 128) ** 2 * 2
-    disk = weights + states * state + witnesses + steps * _METRICS_BYTES + _PAGE_BYTES + int(pictures) + strips
+    disk = (
+        weights
+        + states * (state + witnesses)
+        + witnesses
+        + steps * _METRICS_BYTES
+        + _PAGE_BYTES
+        + int(pictures)
+        + strips
+    )
     warnings = []
     if run.dataset.absent:
         warnings.append(f"{run.dataset.absent} samples of the region store have no maps and are left out")

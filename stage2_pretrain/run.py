@@ -35,7 +35,7 @@ from stage2_pretrain.samples import usable_samples
 from stage2_pretrain.steps import Step, Steps
 
 TEACHER_DECAY = 0.999
-"""Of the weights a policy's teacher averages, a step; AnatoMask begins with it."""
+"""Of the average that is a policy's teacher, a step, where ``ema`` sets no other; AnatoMask begins with it."""
 FEW_PATCHES = 16
 """A grid of fewer can't tell a region."""
 _IN_MASKS = ("policy", "schedule", "coverage", "window")
@@ -51,8 +51,6 @@ def resolve(config: PretrainConfig) -> PretrainConfig:
     options = validate(METHODS.load(config.method["name"]).Options, config.method_options)
     update: dict[str, Any] = {"method": {"name": config.method["name"], **options.model_dump(mode="json")}}
     update["backbone_options"] = resolve_options(config.backbone, config.backbone_options)
-    if config.ema is None and guide_of(build_policy(config.policy["name"], config.policy_options)):
-        update["ema"] = TEACHER_DECAY
     if config.device == "auto":
         update["device"] = "cuda" if torch.cuda.is_available() else "cpu"
     elif config.device == "cuda" and not torch.cuda.is_available():
@@ -131,7 +129,7 @@ class Run:
             weight_decay=config.weight_decay,
             weight_decay_end=config.weight_decay_end,
             optimizer=config.optimizer,
-            ema=config.ema or 0.0,
+            ema=config.ema or TEACHER_DECAY,
             max_jump=config.max_loss_jump,
             clip_norm=config.clip_norm,
             seed=config.seed,

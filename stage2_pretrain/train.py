@@ -152,7 +152,7 @@ def _train(run: Run, log: RunLog) -> tuple[Tally, Fitted]:
         extra=tally,
         after_step=after_step,
     )
-    if average is not None:
+    if average is not None and config.ema is not None:
         method.load_state_dict(average.state_dict())
     return tally, fitted
 
@@ -197,8 +197,7 @@ def _finish(run: Run, tally: Tally, fitted: Fitted, log: RunLog) -> tuple[dict[s
     examples = draw_examples(
         run.steps,
         run.method,
-        run.guide,
-        _spread(recorder.witnesses, config.pictures),
+        recorder.hidden_in(config.epochs - 1, _spread(recorder.witnesses, config.pictures)),
         epoch=config.epochs - 1,
         normalise=run.normalise,
         restore=run.restore,

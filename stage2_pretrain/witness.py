@@ -115,6 +115,16 @@ class WitnessRecorder:
         # An array, not a scalar: it wraps modulo 2^64, as meant, without a warning.
         self.tensors["sums"][epoch : epoch + 1] += digest_sum(sample_ids, view, bits)
 
+    def hidden_in(self, epoch: int, names: Sequence[str]) -> dict[str, Bool[np.ndarray, "L"]]:
+        """What was hidden of some witnesses in the first view of an epoch, of those that were drawn in it."""
+        found = {}
+        for name in names:
+            place = self._place[name]
+            if self.tensors["drawn"][epoch, 0, place]:
+                bits = self.tensors["bits"][epoch, 0, place]
+                found[name] = np.unpackbits(bits, count=self.patches, bitorder="little").astype(np.bool_)
+        return found
+
     def state(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Torch tensors and JSON for a checkpoint; the unsigned sums as the bits of int64."""
         import torch
@@ -306,20 +316,31 @@ def _redraw_guided(
 ) -> Redrawn:
     """The witnesses by their recorded levels; of the other draws the number alone."""
     place = {name: index for index, name in enumerate(names)}
-    blank = np.zeros((1, spec.patches), np.uint8)
+    strange: list[str] = []
     for epoch, wanted in enumerate(present):
-        for number, name in enumerate(again.witnesses):
-            if place[name] not in wanted:
-                continue
-            for view in range(spec.views):
-                levels = recorded["levels"][epoch, view, number][None]
-                drawn = sampler.draw_covered(blank, sample_keys([name]), epoch, view, levels)
-                again.record([name], epoch, view, drawn.hidden, levels)
+        numbers = [number for number, name in enumerate(again.witnesses) if place[name] in wanted]
+        drawn_now = [again.witnesses[number] for number in numbers]
+        if not drawn_now:
+            continue
+        policy: Any = sampler.policy_at(epoch)
+        keys, blank = sample_keys(drawn_now), np.zeros((len(numbers), spec.patches), np.uint8)
+        for view in range(spec.views):
+            levels = recorded["levels"][epoch, view, numbers]
+            strange += [
+                f"epoch {epoch} view {view} witness {name}: scores that policy {spec.policy.name} does not give"
+                for name, given in zip(drawn_now, policy.gives(levels), strict=True)
+                if not given
+            ]
+            hidden = sampler.draw_covered(blank, keys, epoch, view, levels).hidden
+            again.record(drawn_now, epoch, view, hidden, levels)
     checked = int(again.tensors["drawn"].sum())
-    again.tensors["draws"][:] = [len(wanted) * spec.views for wanted in present]
-    again.tensors["sums"] = recorded["sums"]
-    draws = int(again.tensors["draws"].sum())
-    return Redrawn(checked, checked, spec.epochs, tuple(_differences(recorded, again)), draws - checked)
+    # Sums are over all draws: comparable in epochs whose draws are all by witnesses.
+    whole = np.array([len(wanted) * spec.views for wanted in present])
+    known = again.tensors["draws"] == whole
+    again.tensors["draws"][:] = whole
+    again.tensors["sums"][~known] = recorded["sums"][~known]
+    found = (*strange, *_differences(recorded, again))
+    return Redrawn(checked, checked, spec.epochs, found, int(whole.sum()) - checked)
 
 
 def _differences(recorded: Mapping[str, np.ndarray[Any, Any]], again: WitnessRecorder) -> Iterator[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 import numpy as np
-from jaxtyping import Float32, Int64, UInt8
+from jaxtyping import Bool, Float32, Int64, UInt8
 from pydantic import Field
 
 from shared.config import Strict
@@ -49,9 +49,15 @@ class Hard:
 
     def levels(self, score: Float32[np.ndarray, "B L"], coverage: UInt8[np.ndarray, "B L"]) -> UInt8[np.ndarray, "B L"]:
         """1 for so many patches of the highest score, 0 for the others."""
-        patches = np.full(len(score), score.shape[1])
-        hardest = count(count(patches, self.options.overall), self.options.share)
-        return (places(score) < hardest[:, None]).astype(np.uint8)
+        return (places(score) < self._hardest(score.shape[1])).astype(np.uint8)
+
+    def gives(self, levels: UInt8[np.ndarray, "B L"]) -> Bool[np.ndarray, "B"]:
+        """As many ones as `levels` gives, and zeros."""
+        ones = (levels == 1).sum(1)
+        return (ones == self._hardest(levels.shape[1])) & (ones + (levels == 0).sum(1) == levels.shape[1])
+
+    def _hardest(self, patches: int) -> int:
+        return int(count(count(np.array(patches), self.options.overall), self.options.share))
 
 
 def places(score: Float32[np.ndarray, "B L"]) -> Int64[np.ndarray, "B L"]:

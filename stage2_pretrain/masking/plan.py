@@ -77,6 +77,10 @@ class GuidedPolicy(Policy, Protocol):
         """What `tables` takes, from the teacher's score and the coverage of each patch. Each sample by itself."""
         ...
 
+    def gives(self, levels: UInt8[np.ndarray, "B L"]) -> Bool[np.ndarray, "B"]:
+        """Whether `levels` can have given these, for an audit: of each sample."""
+        ...
+
 
 def guide_of(policy: Policy) -> Literal["loss", "attention"] | None:
     """What a policy asks a teacher for, or None where the region maps are all it needs."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import ClassVar, Literal
 
 import numpy as np
-from jaxtyping import Float32, UInt8
+from jaxtyping import Bool, Float32, Int32, UInt8
 from pydantic import Field
 
 from shared.config import Strict
@@ -14,6 +15,9 @@ from stage2_pretrain.masking.coverage import COVERAGE_MAX
 from stage2_pretrain.masking.hard import places
 from stage2_pretrain.masking.plan import Tables
 from stage2_pretrain.masking.region_soft import soft_weights
+
+_DOUBLINGS = 24
+"""Weights are 1 .. 2^24."""
 
 
 class RegionHardOptions(Strict):
@@ -45,13 +49,35 @@ class RegionHard:
         self.options = options
 
     def tables(self) -> Tables:
-        """A patch's level is its weight."""
+        """A patch's level is the logarithm of its weight."""
         counts = Counts(self.options.overall, self.options.overall)
-        return Tables(np.zeros(256, np.uint8), np.maximum(np.arange(256), 1).astype(np.int32), counts)
+        return Tables(np.zeros(256, np.uint8), log_weights(), counts)
 
     def levels(self, score: Float32[np.ndarray, "B L"], coverage: UInt8[np.ndarray, "B L"]) -> UInt8[np.ndarray, "B L"]:
-        """The product in 1 .. 255, rounded down: whole numbers."""
+        """The product on a scale of logarithms that 2^-24 begins and 1 ends: to 7 %, wherever on it."""
         patches = score.shape[1]
-        prior = soft_weights(self.options.sharpness).astype(np.int64)[coverage]
-        most = COVERAGE_MAX * self.options.sharpness * patches
-        return np.maximum(255 * prior * (patches - places(score)) // most, 1).astype(np.uint8)
+        prior = soft_weights(self.options.sharpness)[coverage] / (COVERAGE_MAX * self.options.sharpness)
+        product = prior * ((patches - places(score)) / patches)
+        return np.rint(255 + 255 / _DOUBLINGS * np.log2(product)).astype(np.uint8)
+
+    def gives(self, levels: UInt8[np.ndarray, "B L"]) -> Bool[np.ndarray, "B"]:
+        """Above what the least product on a grid of any size has."""
+        return (levels > 0).all(1)
+
+
+@cache
+def log_weights() -> Int32[np.ndarray, "256"]:
+    """Level -> weight, ``2^(24 level / 255)`` rounded down, at least 1; by whole numbers alone.
+
+    >>> log_weights()[[0, 85, 170, 254, 255]].tolist()
+    [1, 256, 65536, 15717600, 16777216]
+    """
+    found = np.ones(256, np.int32)
+    for level in range(256):
+        weight, bit = 0, 1 << _DOUBLINGS
+        while bit:
+            if (weight + bit) ** 255 <= 1 << (_DOUBLINGS * level):
+                weight += bit
+            bit >>= 1
+        found[level] = weight
+    return found

@@ -130,10 +130,37 @@ def test_of_draws_by_a_network_the_witnesses_draw_again_and_the_rest_is_counted(
 
     edit(tmp_path, "levels", other_levels)
     assert redraw(store, card, tmp_path).mismatches[0].startswith(f"epoch 0 view 1 witness {name}: ")
+    recorder.write(tmp_path)
+
+    def one_score(levels: np.ndarray) -> None:
+        levels[0, 1, 2, 0] = 1 - levels[0, 1, 2, 0] if policy == "hard" else 0
+
+    edit(tmp_path, "levels", one_score)
+    told = f"epoch 0 view 1 witness {name}: scores that policy {policy} does not give"
+    assert told in redraw(store, card, tmp_path).mismatches
     recorder.tensors.pop("levels")
     recorder.write(tmp_path)
     with pytest.raises(CorruptError, match=f"no levels of a network, and the card's policy is {policy}"):
         redraw(store, card, tmp_path)
+
+
+@pytest.mark.parametrize("policy", ["hard", "region-hard"])
+def test_sums_of_draws_by_a_network_are_compared_where_all_are_witnesses(
+    policy: str, store: FakeStore, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def another_sum(sums: np.ndarray) -> None:
+        sums[1] += 1
+
+    spec = describe(policy)
+    train(spec, store, images).write(tmp_path)
+    edit(tmp_path, "sums", another_sum)
+    assert redraw(store, {"mask": mask_section(spec)}, tmp_path).mismatches == (
+        "epoch 1: the sum of its 22 draws differs",
+    )
+    monkeypatch.setattr(witness, "WITNESSES_MAX", 4)
+    train(spec, store, images).write(tmp_path)
+    edit(tmp_path, "sums", another_sum)
+    assert redraw(store, {"mask": mask_section(spec)}, tmp_path).mismatches == ()  # what no audit can know
 
 
 def test_a_schedule_draws_again_and_hides_as_many_as_its_epoch_says(
