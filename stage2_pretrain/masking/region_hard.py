@@ -62,7 +62,8 @@ class RegionHard:
 
     def gives(self, levels: UInt8[np.ndarray, "B L"]) -> Bool[np.ndarray, "B"]:
         """Above what the least product on a grid of any size has."""
-        return (levels > 0).all(1)
+        positive: Bool[np.ndarray, "B"] = np.all(levels > 0, axis=1)
+        return positive
 
 
 @cache
