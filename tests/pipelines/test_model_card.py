@@ -41,7 +41,7 @@ def test_a_hub_reads_its_head_and_a_reader_finds_the_lineage(tmp_path: Path, mwm
         f"corpus | `sha256:{store.identity.inputs[0].artifact_id}`",
         "images | 18, without labels",
         "**slope**: cone, nothing",
-        "region, version 1, in thousandths: budget matched, hide_inside 800, inside 500, overall 600",
+        "region, version 1, shares in thousandths: budget matched, hide_inside 800, inside 500, overall 600",
         "patches | 4 x 4",
         "spark, version 1: decoder_width 16",
         "epochs | 2, 6 steps of 6 images",
