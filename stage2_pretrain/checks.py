@@ -55,7 +55,7 @@ def check_strided(model: nn.Module) -> None:
                 )
 
 
-def check_ranks(model: nn.Module, *, smallest_batch: int, accumulate: int = 1) -> None:
+def check_shares(model: nn.Module, *, smallest_batch: int, accumulate: int = 1) -> None:
     """Refuse more parts than a step has images, and several processes where they could not give what one gives.
 
     Args:

@@ -22,7 +22,7 @@ from shared.loop import VERSION as LOOP_VERSION
 from shared.optimizer import Plan
 from shared.order import steps_per_epoch
 from shared.regions import RegionStore
-from stage2_pretrain.checks import check_grid, check_ranks, check_strided
+from stage2_pretrain.checks import check_grid, check_shares, check_strided
 from stage2_pretrain.config import PretrainConfig
 from stage2_pretrain.data import RegionDataset
 from stage2_pretrain.guide import Guide
@@ -190,7 +190,7 @@ def prepare(config: PretrainConfig, store: RegionStore, images: Path, out: Path)
     check_grid(method.grid, store.grid, dataset.sizes_px, config.window)
     if config.device == "cpu":
         check_strided(backbone.model)
-    check_ranks(
+    check_shares(
         backbone.model,
         smallest_batch=len(dataset) // steps_per_epoch(len(dataset), config.batch_size),
         accumulate=config.accumulate,

@@ -86,6 +86,7 @@ class MaskSampler:
         self._draw_hidden = IMPLS.load("cpu" if impl == "fused" else impl)
         self._key = seed_key(PURPOSE, seed)
         self._weights = region_weights(coverage or CoverageOptions(), regions)
+        self._latest: tuple[int, Policy] | None = None
         self._placed: Placed | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -93,7 +94,12 @@ class MaskSampler:
 
     def policy_at(self, epoch: int) -> Policy:
         """Where and how many in an epoch, from 0."""
-        return self._policy(epoch) if callable(self._policy) else self._policy
+        if not callable(self._policy):
+            return self._policy
+        kept = self._latest
+        if kept is None or kept[0] != epoch:  # to build one takes longer than to draw a batch
+            self._latest = kept = (epoch, self._policy(epoch))
+        return kept[1]
 
     def draw(self, batch: dict[str, Any], epoch: int, view: int = 0) -> Drawn:
         """Draw the masks of a batch of `RegionDataset`.

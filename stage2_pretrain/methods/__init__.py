@@ -2,7 +2,8 @@
 
 A method is a torch module with ``Options``, ``version``, ``backbone``, ``encoder``, ``grid``,
 ``loss(image, visible)``, the mean over the hidden patches of ``errors(image, visible)``, ``reconstruct(image,
-visible)`` and ``attention(image)``; `PixelMethod` has two of them, `stage2_pretrain.methods.simmim` is the shortest.
+visible)`` and ``attention(image)``; `PixelMethod` makes three of them from features of patches, and
+`stage2_pretrain.methods.simmim` is the shortest.
 """
 
 from shared.registry import Registry

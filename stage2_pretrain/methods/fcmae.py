@@ -19,7 +19,6 @@ from shared.rng import seed_key
 from stage2_pretrain.methods.cells import Cells
 from stage2_pretrain.methods.convolutional import EXECUTION, Execution, check_encoder, encode, locate, looked_at
 from stage2_pretrain.methods.pixel_method import PixelMethod
-from stage2_pretrain.methods.pixels import count_hidden, error, target
 from stage2_pretrain.methods.sparse import Sites
 
 
@@ -73,38 +72,21 @@ class FCMAE(PixelMethod):
                     nn.init.trunc_normal_(module.weight, std=0.02)
                     nn.init.zeros_(module.bias)
 
-    def loss(self, image: Float[Tensor, "B C S S"], visible: Bool[Tensor, "B gh gw"]) -> dict[str, Tensor]:
-        """Mean squared error of the hidden patches.
-
-        Of several processes, each gives its part: their sum is the mean over the hidden patches of all.
-
-        Args:
-            image: Pixels; those of hidden patches reach the target only.
-            visible: True where the encoder sees the patch.
-
-        Raises:
-            UsageError: A batch without a hidden, or without a visible patch.
-        """
-        count = count_hidden(visible)
-        hidden = ~visible.flatten(1)
-        predicted = self.to_pixels(self.decode(image, visible)[hidden])
-        return {"loss": error(predicted, target(image, visible, normalised=self.norm_target), count)}
-
     def encode(self, image: Float[Tensor, "B C S S"], where: Sites | Cells) -> Tensor:
         """The deepest feature: with `Sites` [B, C, gh, gw], zero at hidden sites; with `Cells` [T, C, 1, 1]."""
         return encode(self.backbone, image, where)[-1]
 
-    def decode(self, image: Float[Tensor, "B C S S"], visible: Bool[Tensor, "B gh gw"]) -> Float[Tensor, "B L D"]:
+    def features(self, image: Float[Tensor, "B C S S"], visible: Bool[Tensor, "B gh gw"]) -> Float[Tensor, "B L D"]:
         """Features of every patch after the decoder's last block."""
         where = locate(visible, self.execution)
         dense = where.fill(self.project(self.encode(image, where)), self.token)
         decoded: Tensor = self.decoder(dense)
         return decoded.flatten(2).transpose(1, 2)
 
-    def predict(self, image: Float[Tensor, "B C S S"], visible: Bool[Tensor, "B gh gw"]) -> Float[Tensor, "B L P"]:
-        """Pixels of every patch."""
-        predicted: Tensor = self.to_pixels(self.decode(image, visible))
-        return predicted
+    def pixels(self, features: Float[Tensor, "*n D"]) -> Float[Tensor, "*n P"]:
+        """One linear layer."""
+        drawn: Tensor = self.to_pixels(features)
+        return drawn
 
     def attention(self, image: Float[Tensor, "B C S S"]) -> Float[Tensor, "B L"]:
         """Where the encoder looks in the whole image: see `looked_at`."""

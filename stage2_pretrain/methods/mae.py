@@ -19,7 +19,7 @@ from shared.config import Strict
 from shared.errors import ConfigError
 from shared.rng import seed_key
 from stage2_pretrain.methods.pixel_method import PixelMethod
-from stage2_pretrain.methods.pixels import count_hidden, error, patches, target
+from stage2_pretrain.methods.pixels import patches
 from stage2_pretrain.methods.tokens import Tokens, check_vit, looked_at, one_sequence
 
 
@@ -86,23 +86,6 @@ class MAE(PixelMethod):
         self.places: Tensor
         self.register_buffer("places", sincos(self.grid, width), persistent=False)
 
-    def loss(self, image: Float[Tensor, "B C S S"], visible: Bool[Tensor, "B gh gw"]) -> dict[str, Tensor]:
-        """Mean squared error of the hidden patches.
-
-        Of several processes, each gives its part: their sum is the mean over the hidden patches of all.
-
-        Args:
-            image: Pixels; those of hidden patches reach the target only.
-            visible: True where the encoder sees the patch.
-
-        Raises:
-            UsageError: A batch without a hidden, or without a visible patch.
-        """
-        count = count_hidden(visible)
-        hidden = ~visible.flatten(1)
-        predicted = self.to_pixels(self.norm(self.decode(image, visible)[hidden]))
-        return {"loss": error(predicted, target(image, visible, normalised=self.norm_target), count)}
-
     def encode(self, image: Float[Tensor, "B C S S"], tokens: Tokens, visible: Bool[Tensor, "B L"]) -> Tensor:
         """What timm's own network makes of each image's first tokens and visible patches, [1, T, C].
 
@@ -125,7 +108,7 @@ class MAE(PixelMethod):
             encoded: Tensor = model.norm(model.blocks(x))
         return encoded
 
-    def decode(self, image: Float[Tensor, "B C S S"], visible: Bool[Tensor, "B gh gw"]) -> Float[Tensor, "B L D"]:
+    def features(self, image: Float[Tensor, "B C S S"], visible: Bool[Tensor, "B gh gw"]) -> Float[Tensor, "B L D"]:
         """Features of every patch after the decoder's last block."""
         seen = visible.flatten(1)
         tokens = Tokens(seen, self.prefix)
@@ -136,10 +119,10 @@ class MAE(PixelMethod):
         decoded: Tensor = self.decoder(torch.cat([rows[tokens.prefix_slots], placed], 1))
         return decoded[:, self.prefix :]
 
-    def predict(self, image: Float[Tensor, "B C S S"], visible: Bool[Tensor, "B gh gw"]) -> Float[Tensor, "B L P"]:
-        """Pixels of every patch."""
-        predicted: Tensor = self.to_pixels(self.norm(self.decode(image, visible)))
-        return predicted
+    def pixels(self, features: Float[Tensor, "*n D"]) -> Float[Tensor, "*n P"]:
+        """The last norm and one linear layer."""
+        drawn: Tensor = self.to_pixels(self.norm(features))
+        return drawn
 
     def attention(self, image: Float[Tensor, "B C S S"]) -> Float[Tensor, "B L"]:
         """Where the encoder looks in the whole image: see `looked_at`."""

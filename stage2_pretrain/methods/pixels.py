@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -12,6 +13,8 @@ from torch.nn import functional as F
 from shared import ranks
 from shared.errors import UsageError
 
+Measure = Literal["squared", "absolute"]
+MEASURES: dict[Measure, Callable[..., Tensor]] = {"squared": F.mse_loss, "absolute": F.l1_loss}
 _EPS = 1e-6
 """Added to the variance of a patch, so that a constant patch stays finite."""
 
@@ -65,7 +68,7 @@ def error(
     predicted: Float[Tensor, "n P"],
     true: Float[Tensor, "n P"],
     count: int,
-    kind: Literal["squared", "absolute"] = "squared",
+    kind: Measure = "squared",
 ) -> Float[Tensor, ""]:
     """Mean error of hidden patches; of several processes each gives its part, which sum to the mean over all.
 
@@ -75,7 +78,7 @@ def error(
         count: Hidden patches of all processes.
         kind: Of each pixel.
     """
-    measure = F.mse_loss if kind == "squared" else F.l1_loss
+    measure = MEASURES[kind]
     if ranks.size() == 1:
         return measure(predicted.to(true.dtype), true)
     return measure(predicted.to(true.dtype), true, reduction="sum") / (count * true.shape[1])

@@ -17,7 +17,6 @@ from shared.backbones import Backbone
 from shared.config import Strict
 from shared.rng import seed_key
 from stage2_pretrain.methods.pixel_method import PixelMethod
-from stage2_pretrain.methods.pixels import count_hidden, error, target
 from stage2_pretrain.methods.tokens import check_vit, looked_at
 
 
@@ -58,34 +57,17 @@ class SimMIM(PixelMethod):
             nn.init.trunc_normal_(self.to_pixels.weight, std=0.02)
             nn.init.zeros_(self.to_pixels.bias)
 
-    def loss(self, image: Float[Tensor, "B C S S"], visible: Bool[Tensor, "B gh gw"]) -> dict[str, Tensor]:
-        """Mean absolute error of the pixels of hidden patches.
-
-        Of several processes, each gives its part: their sum is the mean over the hidden patches of all.
-
-        Args:
-            image: Pixels; those of hidden patches reach the target only.
-            visible: True where the encoder sees the patch.
-
-        Raises:
-            UsageError: A batch without a hidden patch.
-        """
-        count = count_hidden(visible)
-        hidden = ~visible.flatten(1)
-        predicted = self.to_pixels(self.encode(image, visible)[hidden])
-        return {"loss": error(predicted, target(image, visible, normalised=False), count, "absolute")}
-
-    def encode(self, image: Float[Tensor, "B C S S"], visible: Bool[Tensor, "B gh gw"]) -> Float[Tensor, "B L C"]:
+    def features(self, image: Float[Tensor, "B C S S"], visible: Bool[Tensor, "B gh gw"]) -> Float[Tensor, "B L C"]:
         """Features of every patch, timm's own but for the token; pixels of hidden patches are not read."""
         seen = visible.repeat_interleave(self.patch_px, 1).repeat_interleave(self.patch_px, 2)[:, None]
         with self._token_at(~visible):
             encoded: Tensor = self.encoder.forward_features(torch.where(seen, image, 0))
         return encoded[:, self.encoder.num_prefix_tokens :]
 
-    def predict(self, image: Float[Tensor, "B C S S"], visible: Bool[Tensor, "B gh gw"]) -> Float[Tensor, "B L P"]:
-        """Pixels of every patch."""
-        predicted: Tensor = self.to_pixels(self.encode(image, visible))
-        return predicted
+    def pixels(self, features: Float[Tensor, "*n D"]) -> Float[Tensor, "*n P"]:
+        """One linear layer."""
+        drawn: Tensor = self.to_pixels(features)
+        return drawn
 
     def attention(self, image: Float[Tensor, "B C S S"]) -> Float[Tensor, "B L"]:
         """Where the encoder looks in the whole image: see `looked_at`."""

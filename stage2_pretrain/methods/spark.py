@@ -22,7 +22,7 @@ from stage2_pretrain.methods.cells import Cells
 from stage2_pretrain.methods.convolutional import EXECUTION, Execution, check_encoder, encode, locate, looked_at
 from stage2_pretrain.methods.norm import BatchNorm2d
 from stage2_pretrain.methods.pixel_method import PixelMethod
-from stage2_pretrain.methods.pixels import count_hidden, error, patches, target
+from stage2_pretrain.methods.pixels import patches
 from stage2_pretrain.methods.sparse import Sites
 
 _LEAN_FINEST = 4
@@ -104,25 +104,13 @@ class SparK(PixelMethod):
             self.decoder = nn.ModuleList(block(before, after) for before, after in pairwise(widths))
             self.to_pixels = nn.Conv2d(widths[-1], backbone.in_chans * finest**2, 1)
 
-    def loss(self, image: Float[Tensor, "B C S S"], visible: Bool[Tensor, "B gh gw"]) -> dict[str, Tensor]:
-        """Mean squared error of the hidden patches, each normalised by its own mean and variance.
-
-        Of several processes, each gives its part: their sum is the mean over the hidden patches of all.
-
-        Args:
-            image: Pixels; those of hidden patches reach the target only.
-            visible: True where the encoder sees the patch.
-
-        Raises:
-            UsageError: A batch without a hidden, or without a visible patch.
-        """
-        count = count_hidden(visible)
-        predicted = self.predict(image, visible)[~visible.flatten(1)]
-        return {"loss": error(predicted, target(image, visible, normalised=True), count)}
-
-    def predict(self, image: Float[Tensor, "B C S S"], visible: Bool[Tensor, "B gh gw"]) -> Float[Tensor, "B L P"]:
-        """Pixels of every patch."""
+    def features(self, image: Float[Tensor, "B C S S"], visible: Bool[Tensor, "B gh gw"]) -> Float[Tensor, "B L P"]:
+        """The decoder draws whole images: of a patch, its pixels."""
         return patches(self(image, visible), self.patch_px)
+
+    def pixels(self, features: Float[Tensor, "*n P"]) -> Float[Tensor, "*n P"]:
+        """As they are."""
+        return features
 
     def attention(self, image: Float[Tensor, "B C S S"]) -> Float[Tensor, "B L"]:
         """Where the encoder looks in the whole image: see `looked_at`."""

@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from itertools import repeat
 from pathlib import Path
@@ -146,7 +147,7 @@ def loader(store: RegionStore, images: Path, size_px: int, folder: Path, repeats
 
     for number in range(repeats):
         cache = folder / f"cache-{size_px}-{number}"
-        make: Callable[..., Run] = lambda **changes: build(store, images, size_px, next(iter(NETS)), **changes)  # noqa: E731
+        make = partial(build, store, images, size_px, next(iter(NETS)))
         decoding = make(cache_mib=0)
         note("decoding", decoding, 0)
         note("filling", make(cache_mib=0, image_cache=str(cache)), 0)

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -76,12 +77,9 @@ def onnx_session(folder: Path) -> Any:
 
 @pytest.fixture
 def needs_onnx() -> None:
-    try:
-        import onnx  # noqa: F401
-        import onnxruntime  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ModuleNotFoundError as error:
-        lacking(f"{error.name} not installed: pip install -e '.[onnx]'")
+    for name in ("onnx", "onnxruntime", "onnxscript"):
+        if find_spec(name) is None:
+            lacking(f"{name} not installed: pip install -e '.[onnx]'")
 
 
 def test_every_exporter_is_listed_and_in_the_help(mwm) -> None:

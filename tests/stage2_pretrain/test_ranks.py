@@ -11,7 +11,7 @@ import torch
 from shared import ranks
 from shared.errors import ConfigError
 from shared.runlog import read_metrics
-from stage2_pretrain.checks import check_ranks
+from stage2_pretrain.checks import check_shares
 from tests.stage2_pretrain import ranked
 from tests.stage2_pretrain.stores import write_discs, write_store
 from tests.stage2_pretrain.test_train import ROOT, config, run
@@ -140,13 +140,13 @@ def test_shares_are_the_whole_in_order(count: int, size: int, monkeypatch: pytes
 
 def test_what_several_processes_cannot_do_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     dropping = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Dropout(0.2))
-    check_ranks(dropping, smallest_batch=1)
+    check_shares(dropping, smallest_batch=1)
     monkeypatch.setattr(ranks, "size", lambda: 2)
-    check_ranks(dropping[:1], smallest_batch=2)
+    check_shares(dropping[:1], smallest_batch=2)
     with pytest.raises(ConfigError, match=r"backbone: 1 drops 0\.2 by place in the batch"):
-        check_ranks(dropping, smallest_batch=2)
+        check_shares(dropping, smallest_batch=2)
     with pytest.raises(ConfigError, match="2 processes, and a step of 1 images"):
-        check_ranks(dropping[:1], smallest_batch=1)
+        check_shares(dropping[:1], smallest_batch=1)
 
 
 def test_a_stage_for_one_process_refuses_torchrun_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -359,12 +359,12 @@ def test_parts_of_a_step_count_by_their_hidden_patches(corpus: Path, tmp_path: P
             batch, _ = next(steps)
         parts, visible, _ = made.step(batch)
         assert visible.flatten(1).sum(1).unique().numel() > 1
-        total = 0.0
-        for count, part in enumerate(parts, 1):  # noqa: B007
+        each = []
+        for part in parts:
             part["loss"].backward()
-            total += part["loss"].item()
-        assert count == accumulate
-        losses.append(total)
+            each.append(part["loss"].item())
+        assert len(each) == accumulate
+        losses.append(sum(each))
         gradients.append(torch.cat([p.grad.flatten() for p in method.parameters() if p.grad is not None]))
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5)

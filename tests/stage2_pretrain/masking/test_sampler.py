@@ -240,3 +240,18 @@ def test_settings_that_cannot_work_are_refused(changes: dict[str, Any], match: s
 def test_a_grid_finer_than_the_map_is_refused() -> None:
     with pytest.raises(ConfigError, match="one or more"):
         build(grid=(65, 65)).draw_arrays(region_maps(), WINDOWS, KEYS, 0)
+
+
+def test_a_policy_that_changes_is_built_once_an_epoch() -> None:
+    built: list[int] = []
+
+    def policy_at(epoch: int) -> Any:
+        built.append(epoch)
+        return build_policy("uniform", {"hide": 100 + epoch})
+
+    sampler = MaskSampler(policy_at, grid=(2, 5), seed=0, regions=("a",))
+    keys = np.arange(3, dtype=np.uint64)
+    for epoch in (0, 0, 400, 400, 0):
+        drawn = sampler.draw_covered(np.zeros((3, 10), np.uint8), keys, epoch)
+        assert (drawn.hidden.sum(1) == 1 + epoch // 100).all()
+    assert built == [0, 400, 0]

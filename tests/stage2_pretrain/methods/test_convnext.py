@@ -1,7 +1,5 @@
 """ConvNeXt under SparK: trained, exported, cut off and continued; its norms see a site at a time."""
 
-import os
-import signal
 from pathlib import Path
 
 import pytest
@@ -12,10 +10,9 @@ from torch import nn
 
 from shared.artifact import Artifact
 from shared.backbones import build, load_encoder
-from shared.errors import InterruptedRun
-from stage2_pretrain import train
 from stage2_pretrain.methods.spark import SparK, SparKOptions
 from stage2_pretrain.methods.sparse import Sites, sparse
+from tests.stage2_pretrain.methods.promises import cut_off
 from tests.stage2_pretrain.methods.test_spark import example, randomise
 from tests.stage2_pretrain.stores import write_discs, write_store
 from tests.stage2_pretrain.test_train import run
@@ -112,16 +109,5 @@ def test_training_lowers_the_loss_and_plain_timm_loads_the_export(whole: Artifac
 def test_cut_off_and_continued_has_the_same_id(
     whole: Artifact, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    add = train.Tally.add
-
-    def add_and_signal(self, step, visible):
-        add(self, step, visible)
-        if step.epoch in (2, 7):
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(train.Tally, "add", add_and_signal)
-        for _ in range(4):
-            with pytest.raises(InterruptedRun, match="state saved"):
-                run(corpus, tmp_path / "out", **SETTINGS)
+    cut_off(monkeypatch, lambda: run(corpus, tmp_path / "out", **SETTINGS))
     assert run(corpus, tmp_path / "out", **SETTINGS).card.artifact_id == whole.card.artifact_id

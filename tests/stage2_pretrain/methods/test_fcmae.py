@@ -13,6 +13,7 @@ from shared.errors import ConfigError, UsageError
 from stage2_pretrain.methods.fcmae import FCMAE, FCMAEOptions
 from stage2_pretrain.methods.sparse import Sites
 from tests.stage2_pretrain.methods import naive_vit as naive
+from tests.stage2_pretrain.methods.promises import check_hidden_unread, check_loss
 from tests.stage2_pretrain.methods.test_mae import worst
 
 SMALL = {"depths": [1, 1, 2, 1], "dims": [8, 8, 12, 12]}
@@ -102,38 +103,22 @@ def test_it_is_the_loss_of_one_image_at_a_time(execution: str, conv_mlp: bool) -
     image, visible = example(made)
     trained = [(name, value) for name, value in made.named_parameters() if not name.startswith("encoder.head")]
     expected = naive_loss(made, image, visible)
-    gradients = torch.autograd.grad(expected, [value for _, value in trained])
-    loss = made.loss(image, visible)["loss"]
-    loss.backward()
-    assert worst(loss, expected) < TOLERANCE
-    largest = max(float(gradient.abs().max()) for gradient in gradients)
-    for (name, value), gradient in zip(trained, gradients, strict=True):
-        assert value.grad is not None, name
-        assert float((value.grad - gradient).abs().max()) < TOLERANCE * largest, name
+    check_loss(made, image, visible, expected, trained, TOLERANCE)
 
 
 def test_no_hidden_pixel_is_read() -> None:
     made = method()
     image, visible = example(made)
-    hidden = ~visible.repeat_interleave(32, 1).repeat_interleave(32, 2)[:, None]
-    seen = []
-    for pixels in (image, torch.where(hidden, torch.nan, image)):
-        made.zero_grad()
-        features = made.decode(pixels, visible)
-        (features * features.detach().cos()).sum().backward()
-        seen.append([features.detach(), *(value.grad for value in made.encoder.parameters() if value.grad is not None)])
-    assert len(seen[0]) > 40
-    for one, two in zip(*seen, strict=True):
-        assert torch.equal(one, two)
+    check_hidden_unread(made, image, visible, at_least=40)
 
 
 @pytest.mark.parametrize("execution", ["packed", "masked"])
 def test_an_image_does_not_know_its_batch(execution: str) -> None:
     made = method(execution)
     image, visible = example(made)
-    whole = made.decode(image, visible)
+    whole = made.features(image, visible)
     for row in (0, 1, 3):
-        alone = made.decode(image[row : row + 1], visible[row : row + 1])
+        alone = made.features(image[row : row + 1], visible[row : row + 1])
         assert worst(whole[row], alone[0]) < TOLERANCE
 
 

@@ -14,6 +14,7 @@ from shared.errors import ConfigError, UsageError
 from stage2_pretrain.methods.mae import MAE, MAEOptions, sincos
 from stage2_pretrain.methods.tokens import Tokens, _attend_by_length, _drop_path, check_vit, looked_at
 from tests.stage2_pretrain.methods import naive_vit as naive
+from tests.stage2_pretrain.methods.promises import check_hidden_unread, check_loss
 
 TINY = {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
 NETS: dict[str, dict[str, Any]] = {
@@ -88,14 +89,7 @@ def test_it_is_the_loss_of_one_image_at_a_time(net: str, norm_target: bool) -> N
     assert unused == ({"encoder.fc_norm.weight", "encoder.fc_norm.bias"} if net == "no class token" else set())
     trained = [(name, value) for name, value in trained if name not in unused]
     expected = naive_loss(made, image, visible)
-    gradients = torch.autograd.grad(expected, [value for _, value in trained])
-    loss = made.loss(image, visible)["loss"]
-    loss.backward()
-    assert worst(loss, expected) < TOLERANCE
-    largest = max(float(gradient.abs().max()) for gradient in gradients)
-    for (name, value), gradient in zip(trained, gradients, strict=True):
-        assert value.grad is not None, name
-        assert float((value.grad - gradient).abs().max()) < TOLERANCE * largest, name
+    check_loss(made, image, visible, expected, trained, TOLERANCE)
 
 
 @pytest.mark.parametrize("net", NETS)
@@ -113,18 +107,7 @@ def test_with_everything_visible_it_is_timms_own_network(net: str) -> None:
 def test_no_hidden_pixel_is_read() -> None:
     made = method("plain")
     image, visible = example(made)
-    hidden = ~visible.repeat_interleave(8, 1).repeat_interleave(8, 2)[:, None]
-    other = torch.where(hidden, torch.nan, image)
-    seen = []
-    for pixels in (image, other):
-        made.zero_grad()
-        features = made.decode(pixels, visible)
-        (features * features.detach().cos()).sum().backward()
-        seen.append([features.detach(), *(value.grad for value in made.encoder.parameters() if value.grad is not None)])
-    assert len(seen[0]) > 20
-    for one, two in zip(*seen, strict=True):
-        assert torch.equal(one, two)
-        assert one.abs().max() > 0
+    check_hidden_unread(made, image, visible, at_least=20)
 
 
 @settings(max_examples=25, deadline=None)
@@ -136,10 +119,10 @@ def test_an_image_does_not_know_its_batch(counts: list[int], seed: int) -> None:
     visible = torch.zeros(len(counts), 16, dtype=torch.bool)
     for row, count in enumerate([max(counts[0], 1), *counts[1:]]):
         visible[row, torch.randperm(16, generator=generator)[:count]] = True
-    whole = made.decode(image, visible.view(-1, 4, 4))
+    whole = made.features(image, visible.view(-1, 4, 4))
     for row in range(len(counts)):
         if visible[row].any():
-            alone = made.decode(image[row : row + 1], visible[row : row + 1].view(1, 4, 4))
+            alone = made.features(image[row : row + 1], visible[row : row + 1].view(1, 4, 4))
             assert worst(whole[row], alone[0]) < TOLERANCE
 
 

@@ -1,7 +1,5 @@
 """A ViT under MAE from end to end: trained, cut off and continued, exported, read by timm, audited."""
 
-import os
-import signal
 from pathlib import Path
 
 import pytest
@@ -11,10 +9,9 @@ import yaml
 
 from shared.artifact import Artifact
 from shared.backbones import load_encoder
-from shared.errors import InterruptedRun
 from shared.regions import open_region_store
-from stage2_pretrain import train
 from stage2_pretrain.witness import redraw
+from tests.stage2_pretrain.methods.promises import cut_off
 from tests.stage2_pretrain.stores import write_discs, write_store
 from tests.stage2_pretrain.test_train import run
 
@@ -70,16 +67,5 @@ def test_what_ran_is_what_is_on_disk(corpus: Path, tmp_path: Path) -> None:
 def test_cut_off_and_continued_has_the_same_id(
     whole: Artifact, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    add = train.Tally.add
-
-    def add_and_signal(self, step, visible):
-        add(self, step, visible)
-        if step.epoch in (2, 7):
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(train.Tally, "add", add_and_signal)
-        for _ in range(4):
-            with pytest.raises(InterruptedRun, match="state saved"):
-                run(corpus, tmp_path / "out", **SETTINGS)
+    cut_off(monkeypatch, lambda: run(corpus, tmp_path / "out", **SETTINGS))
     assert run(corpus, tmp_path / "out", **SETTINGS).card.artifact_id == whole.card.artifact_id
