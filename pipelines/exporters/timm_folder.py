@@ -29,7 +29,7 @@ def export_timm(source: Exportable, folder: Path) -> list[Difference]:
 
 def write_timm(source: Exportable, folder: Path) -> None:
     """Write ``config.json`` and ``model.safetensors``, the values as they were published."""
-    # Windows and images are squashed to a square in every stage; timm's own way would be to cut the middle out.
+    # Images are squashed to a square in every stage; encoders of before do not say so, and timm would cut them.
     config = {**source.config, "pretrained_cfg": {"crop_mode": "squash", **source.config["pretrained_cfg"]}}
     write_atomic(folder / CONFIG, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
     write_atomic(folder / WEIGHTS, (source.path / source.card.identity.kind / WEIGHTS).read_bytes())
