@@ -25,7 +25,9 @@ from shared.signals import Signals
 from shared.workspace import begin, set_aside
 from stage1_localize.config import LocalizeConfig
 from stage1_localize.fuse import VERSION as FUSE_VERSION
+from stage1_localize.grounders import GROUNDERS
 from stage1_localize.parts import Parts, build_parts, for_workers, resolve
+from stage1_localize.segmenters import SEGMENTERS
 from stage1_localize.shard import STOP, ShardTask, forget_trials, read_state, run_shard
 from stage1_localize.summary import write_report
 
@@ -132,7 +134,8 @@ class _Run:
     ) -> None:
         self.config, self.parts, self.out, self.log, self.command = config, parts, out, log, command
         self.sources, self.corpus = sources, corpus
-        self.grounder = for_workers(config.grounder)
+        self.grounder = for_workers(config.grounder, GROUNDERS)
+        self.segmenter = for_workers(config.segmenter, SEGMENTERS)
         self.token = secrets.token_hex(8)
         self.layout = self._create()
         self.counts: dict[int, tuple[int, int]] = {}
@@ -221,7 +224,7 @@ class _Run:
             digests=tuple(row.source_sha256 for row in self.corpus[rows.start : rows.stop]),
             regions=self.config.asked(),
             grounder=self.grounder,
-            segmenter=self.config.segmenter,
+            segmenter=self.segmenter,
             parts_digest=self.parts.digest,
             grid_px=self.config.grid_px,
             micro_batch=self.config.micro_batch,

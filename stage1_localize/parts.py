@@ -12,6 +12,7 @@ from shared.artifact import Input
 from shared.config import digest
 from shared.errors import ConfigError, IncompatibleError
 from shared.heap import keep_freed_memory
+from shared.registry import Registry
 from stage1_localize.config import LocalizeConfig, PartConfig, describe_part, part_options
 from stage1_localize.contracts import Grounder, Region, Segmenter
 from stage1_localize.grounders import GROUNDERS
@@ -75,9 +76,14 @@ def resolve(config: LocalizeConfig) -> LocalizeConfig:
     return config.model_copy(update=filled)
 
 
-def for_workers(part: PartConfig) -> PartConfig:
-    """A grounder's configuration whose paths mean the same in every folder."""
-    options = part_options("grounder", part, GROUNDERS.load(part.name))
+def for_workers(part: PartConfig, table: Registry) -> PartConfig:
+    """A part's configuration whose paths mean the same in every folder.
+
+    Args:
+        part: Resolved.
+        table: `GROUNDERS` or `SEGMENTERS`.
+    """
+    options = part_options(table.what, part, table.load(part.name))
     anywhere = getattr(options, "anywhere", None)
     return part if anywhere is None else PartConfig(name=part.name, options=anywhere().model_dump(mode="json"))
 

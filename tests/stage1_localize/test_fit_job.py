@@ -37,6 +37,7 @@ from stage1_localize import fit_job, pictures
 from stage1_localize.config import LocalizeConfig
 from stage1_localize.fit_config import FitGrounderConfig
 from stage1_localize.fit_job import fit_grounder
+from stage1_localize.grounders import GROUNDERS
 from stage1_localize.grounders.lite_card import RULES, WEIGHTS, open_head
 from stage1_localize.job import localize
 from stage1_localize.parts import for_workers, parts_of_this_process, resolve
@@ -173,7 +174,7 @@ def test_a_worker_in_another_folder_finds_the_pinned_head(
         load(LocalizeConfig, {"regions": {"it": "quad"}, "grounder": {"name": "lite", "options": {"head": "head"}}})
     )
     assert config.grounder.options["head"] == f"head@sha256:{made.card.artifact_id}"
-    sent = for_workers(config.grounder)
+    sent = for_workers(config.grounder, GROUNDERS)
     monkeypatch.chdir(tmp_path)
     opened = open_head(sent.options["head"])
     assert opened.origin is not None
