@@ -265,9 +265,9 @@ def _lite() -> Check:
 
 
 def _lite_medsam() -> Check:
-    from stage1_localize.segmenters.lite_medsam import WEIGHTS_SHA256, load_model
+    from stage1_localize.segmenters.lite_medsam_engines import WEIGHTS_SHA256, load_package
 
-    load_model()  # compares the digest
+    load_package()  # compares the digest
     return Check("lite_medsam", "ok", f"weights sha256:{WEIGHTS_SHA256[:12]}, packaged")
 
 

@@ -22,6 +22,7 @@ from stage1_localize.grounders.lite_card import Concept
 from stage1_localize.grounders.lite_head import LiteHead
 from stage1_localize.grounders.lite_text import encode_text
 from stage1_localize.segmenters.lite_medsam import LiteMedSam, encode, letterbox
+from stage1_localize.segmenters.lite_medsam_engines import load_model
 
 VERSION = 1
 """Raised when equal answers lead to other choices; part of every head's specification."""
@@ -106,7 +107,7 @@ class Trier:
             tried: Candidates.
             maps: Also the region map.
         """
-        encoded = encode(batch)[0]
+        encoded = encode(batch, load_model())[0]
         pixels = letterbox(batch.images[0])[0]
         if not pixels.any():
             return [(Detections.none(), np.zeros((MAP_SIZE_PX, MAP_SIZE_PX), np.float32)) for _ in tried]

@@ -17,7 +17,8 @@ from stage1_localize.fit_config import FitGrounderConfig
 from stage1_localize.fit_job import EMBEDDING_BYTES
 from stage1_localize.fit_plan import open_images, plan
 from stage1_localize.grounders.lite_card import KIND
-from stage1_localize.segmenters.lite_medsam import encode_image, load_model
+from stage1_localize.segmenters.lite_medsam import encode_image
+from stage1_localize.segmenters.lite_medsam_engines import load_model
 
 STEP_S = 0.28
 """CPU seconds of a step with four images and three prompts, measured on one core of the machine this was written on."""

@@ -19,12 +19,11 @@ from stage1_localize.fit import Example
 from stage1_localize.grounders.lite_head import CELLS, MASK_CELLS
 from stage1_localize.segmenters.lite_medsam import (
     INPUT_SIZE_PX,
-    WEIGHTS_SHA256,
     Encoded,
     encode_image,
     letterbox,
-    load_model,
 )
+from stage1_localize.segmenters.lite_medsam_engines import WEIGHTS_SHA256, load_model
 
 
 @dataclass(frozen=True)

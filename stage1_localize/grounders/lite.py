@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float32
+from pydantic import Field
 from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional as F
@@ -32,8 +33,8 @@ from stage1_localize.contracts import Batch, Detections, Region
 from stage1_localize.grounders.lite_card import Concept, Head, load_packaged, open_head
 from stage1_localize.grounders.lite_head import CELLS, Answer, Features
 from stage1_localize.grounders.lite_text import MODEL_SHA256, Vocabulary, encode_text
-from stage1_localize.segmenters.lite_medsam import IDENTITY as ENCODER_IDENTITY
-from stage1_localize.segmenters.lite_medsam import INPUT_SIZE_PX, Encoded, encode, letterbox, to_map_frame
+from stage1_localize.segmenters.lite_medsam import INPUT_SIZE_PX, Encoded, encode, encoder_key, letterbox, to_map_frame
+from stage1_localize.segmenters.lite_medsam_engines import Engine, load_model
 
 CELL_PX = INPUT_SIZE_PX // CELLS
 OVERLAP_MAX = 0.5
@@ -56,7 +57,11 @@ class Lite:
     """Finds the regions of a closed vocabulary by text, in one encoder pass an image."""
 
     class Options(Strict):
-        """Which head answers; thresholds belong to its weights."""
+        """Which head answers, on which engine; thresholds belong to its weights."""
+
+        engine: Engine = Field(
+            "onnxruntime", description="What computes the encoder; a segmenter lite_medsam on the same one shares it."
+        )
 
         # Not part of the options' identity: its artifact id is an input of the store, its digests the part's own.
         head: str | None = runtime(
@@ -69,15 +74,16 @@ class Lite:
                 return self
             origin = open_head(self.head).origin
             assert origin is not None
-            return Lite.Options(head=f"{_path(self.head)}@sha256:{origin.artifact_id}")
+            return self.model_copy(update={"head": f"{_path(self.head)}@sha256:{origin.artifact_id}"})
 
         def anywhere(self) -> Lite.Options:
             """With a path that a worker finds whatever its folder."""
             if self.head is None:
                 return self
-            return Lite.Options(head=f"{Path(_path(self.head)).absolute()}{self.head[len(_path(self.head)) :]}")
+            place = f"{Path(_path(self.head)).absolute()}{self.head[len(_path(self.head)) :]}"
+            return self.model_copy(update={"head": place})
 
-    version = 1
+    version = 2
 
     def __init__(self, options: Options, head: Head | None = None) -> None:
         """Load the packaged head or the one that is named, or take one that was just fitted.
@@ -85,6 +91,7 @@ class Lite:
         Raises:
             CorruptError, IncompatibleError, InputMissingError, LockedError: As `open_head`.
         """
+        self._encoder = load_model(options.engine)
         head = head or (load_packaged() if options.head is None else open_head(options.head))
         self._card, self._head, self._origin = head.card, head.network, head.origin
         self._vocabulary = Vocabulary(
@@ -110,7 +117,7 @@ class Lite:
             "head_sha256": self._card.weights_sha256,
             "card_sha256": self._card.rules_sha256,
             "text_sha256": MODEL_SHA256,
-            "encoder": dict(ENCODER_IDENTITY),
+            "encoder": dict(self._encoder.identity),
         }
 
     def inputs(self) -> list[Input]:
@@ -130,10 +137,11 @@ class Lite:
             PromptError: A wording outside the vocabulary.
         """
         resolved = self._resolve(regions)
-        features = batch.memo(f"lite {self._card.weights_sha256}", lambda: self._look(batch))
+        key = f"lite {self._card.weights_sha256} {encoder_key(self._encoder)}"
+        features = batch.memo(key, lambda: self._look(batch))
         return [
             Detections.none() if seen is None else self._locate(seen, encoded, resolved)
-            for seen, encoded in zip(features, encode(batch), strict=True)
+            for seen, encoded in zip(features, encode(batch, self._encoder), strict=True)
         ]
 
     def _look(self, batch: Batch) -> list[Features | None]:
@@ -142,7 +150,7 @@ class Lite:
         with torch.inference_mode():
             return [
                 self._head.look(encoded.embedding[None], seen[None]) if seen.any() else None
-                for encoded, seen in zip(encode(batch), pixels, strict=True)
+                for encoded, seen in zip(encode(batch, self._encoder), pixels, strict=True)
             ]
 
     def _locate(self, seen: Features, encoded: Encoded, resolved: Sequence[_Asked]) -> Detections:

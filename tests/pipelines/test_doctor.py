@@ -56,19 +56,19 @@ def test_this_installation_is_sound(mwm) -> None:
 
 
 def test_a_check_that_raises_is_a_finding_and_the_exit_code_says_so(mwm, monkeypatch: pytest.MonkeyPatch) -> None:
-    from stage1_localize.segmenters import lite_medsam
+    from stage1_localize.segmenters import lite_medsam_engines
 
     def _gone() -> Check:
         raise RuntimeError
 
-    lite_medsam.load_model.cache_clear()
-    monkeypatch.setattr(lite_medsam, "WEIGHTS_SHA256", "0" * 64)
+    lite_medsam_engines.load_package.cache_clear()
+    monkeypatch.setattr(lite_medsam_engines, "WEIGHTS_SHA256", "0" * 64)
     monkeypatch.setattr(doctor, "INSTALLATION_CHECKS", (doctor._lite_medsam, _gone))
     monkeypatch.setattr(doctor, "MACHINE_CHECKS", ())
     try:
         code, out, _ = mwm("doctor")
     finally:
-        lite_medsam.load_model.cache_clear()
+        lite_medsam_engines.load_package.cache_clear()
     assert code == 1
     assert out.splitlines()[0].startswith("BAD  lite_medsam    CorruptError")
     assert "BAD  gone           RuntimeError" in out

