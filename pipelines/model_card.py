@@ -125,7 +125,7 @@ def _facts(source: Exportable) -> str:
         "mean, deviation": f"{pretrained['mean']}, {pretrained['std']} of pixels in [0, 1]",
     }
     if source.classes:
-        told["classes"] = ", ".join(map(_plain, source.classes))
+        told["classes"] = ", ".join(map(as_text, source.classes))
     return _table(told)
 
 
@@ -183,7 +183,7 @@ def _regions(lineage: Lineage) -> str:
         f"`{spec['segmenter']['name']}` from these prompts:"
     )
     prompts = "\n".join(
-        f"- **{_plain(item['name'])}**: {', '.join(map(_plain, item['texts']))}" for item in spec["regions"]
+        f"- **{as_text(item['name'])}**: {', '.join(map(as_text, item['texts']))}" for item in spec["regions"]
     )
     return f"{found}\n\n{prompts}"
 
@@ -284,7 +284,7 @@ def _listed(options: Mapping[str, Any]) -> str:
     return ", ".join(f"{key} {value}" for key, value in options.items() if value is not None) or "none"
 
 
-def _plain(text: str) -> str:
+def as_text(text: str) -> str:
     """A user's words, so that Markdown takes none of them for its own."""
     return re.sub(r"([\\`*_<>|\[\]#~&])", r"\\\1", " ".join(text.split()))
 
