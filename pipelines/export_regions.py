@@ -14,6 +14,7 @@ import yaml
 
 from pipelines.aside import made_aside, refuse_taken
 from pipelines.exporters import STORE_EXPORTERS
+from pipelines.markdown import as_text
 from shared.artifact import NOT_FOR_DIAGNOSIS, full_disk_is_named, refuse_without_room
 from shared.config import load
 from shared.errors import UsageError
@@ -137,8 +138,6 @@ def _prompts(source: Any) -> list[list[str]]:
 
 
 def _note(source: Any, to: str, exporter: Any, facts: Mapping[str, Any], compared: Sequence[Any]) -> str:
-    from pipelines.model_card import as_text
-
     prompts = "\n".join(
         f"- **{as_text(item['name'])}**: {', '.join(map(as_text, item['texts'])) or 'no words known'}"
         for item in facts["regions"]

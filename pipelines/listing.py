@@ -75,16 +75,8 @@ def tables() -> dict[str, Registry]:
 
 
 KINDS = (
-    "recipes",
-    "grounders",
-    "segmenters",
-    "policies",
-    "samplers",
-    "methods",
-    "tasks",
-    "exporters",
-    "store_exporters",
-)
+    "recipes", "grounders", "segmenters", "policies", "samplers", "methods", "tasks", "exporters", "store_exporters",
+)  # fmt: skip
 
 
 def list_parts(kind: str) -> list[Part]:

@@ -16,6 +16,7 @@ import yaml
 
 from pipelines.exportable import Difference, Exportable
 from pipelines.lineage import Lineage
+from pipelines.markdown import as_text
 from shared.artifact import NOT_FOR_DIAGNOSIS, Card
 
 FILE = "README.md"
@@ -282,11 +283,6 @@ def _table(rows: Mapping[str, object]) -> str:
 
 def _listed(options: Mapping[str, Any]) -> str:
     return ", ".join(f"{key} {value}" for key, value in options.items() if value is not None) or "none"
-
-
-def as_text(text: str) -> str:
-    """A user's words, so that Markdown takes none of them for its own."""
-    return re.sub(r"([\\`*_<>|\[\]#~&])", r"\\\1", " ".join(text.split()))
 
 
 def _quoted(text: str) -> str:

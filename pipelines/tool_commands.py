@@ -77,9 +77,7 @@ def export(
         typer.Option(help="Of a region store: coco, png, nifti or nnunet. Of the others: timm, huggingface or onnx."),
     ],
     out: Annotated[Path, typer.Option(help="Folder to write; absent or empty.")],
-    images: Annotated[
-        Path | None, typer.Option(help="The store's images: nifti, nnunet and overlays need them.")
-    ] = None,
+    images: Annotated[Path | None, typer.Option(help="The store's images, for nifti, nnunet and overlays.")] = None,
     regions: Annotated[Path | None, typer.Option(help="The region store of an encoder, if not beside it.")] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="key=value: a setting of a store's format; repeatable.")

@@ -88,7 +88,7 @@ class Volume:
         for name in _GEOMETRY:
             header[name] = source.header[name]
         header.set_data_dtype(values.dtype)
-        nibabel.save(type(source)(values, None, header=header), path)  # type: ignore[attr-defined]
+        type(source)(values, None, header=header).to_filename(path)
         read: Any = nibabel.load(path)
         same = np.array_equal(read.affine, source.affine) and read.shape == source.shape
         refuse_difference(same and np.array_equal(np.asanyarray(read.dataobj), values), path)

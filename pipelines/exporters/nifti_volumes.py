@@ -72,9 +72,7 @@ class NiftiVolumes:
         """What lies where."""
         if self.options.content == "labels":
             numbers = ", ".join(f"{number} {name}" for number, name in enumerate(source.regions, 1))
-            told = (
-                f"Labels at probability {self.options.threshold:g} or more: 0 none, {numbers}; the later where two are."
-            )
+            told = f"Labels at probability {self.options.threshold:g} or more: 0 none, {numbers}; of two, the later."
         else:
             told = "Probability in [0, 1], a file a volume and region."
         return (

@@ -103,7 +103,7 @@ class NnunetFolder:
         """What lies where."""
         overlap = {
             "later": "Where regions overlap, the later one of the list has the pixel.",
-            "regions": "Every combination of regions has a number; `regions_class_order` makes nnU-Net train on regions.",
+            "regions": "Every combination of regions has a number, so that nnU-Net trains on regions.",
         }
         return (
             "nnU-Net v2 reads this folder as `$nnUNet_raw/DatasetNNN_NAME`: name it so. "
@@ -118,7 +118,7 @@ class NnunetFolder:
         """``labels`` and, for overlapping regions, ``regions_class_order`` of ``dataset.json``."""
         if taken := [name for name in regions if name.lower() in _RESERVED]:
             raise UsageError(
-                f"region '{taken[0]}': nnU-Net keeps this name for itself", hint="call the region otherwise"
+                f"region '{taken[0]}': nnU-Net keeps this name for itself", hint="give the region another name"
             )
         if self.options.overlap == "later":
             if len(regions) > 255:
@@ -135,9 +135,7 @@ class NnunetFolder:
         if self.options.overlap == "later":
             return ordered_labels(levels, self.options.threshold)
         inside = cut(levels, self.options.threshold)
-        return sum(
-            (plane.astype(np.uint8) << bit for bit, plane in enumerate(inside)), np.zeros(inside.shape[1:], np.uint8)
-        )
+        return np.packbits(inside, axis=0, bitorder="little")[0]
 
     def _is_flat(self, source: ExportableStore) -> bool:
         slices = Counter(is_slice(source, sample) for sample in source.samples)
