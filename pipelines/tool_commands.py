@@ -87,9 +87,12 @@ def export(
     quiet: Quiet = False,
 ) -> None:
     """Write an artifact in a form that others read; it is loaded back and compared first."""
-    from pipelines.exporters import STORE_EXPORTERS
+    from pipelines.exporters import EXPORTERS, STORE_EXPORTERS
     from shared.errors import UsageError
+    from shared.registry import Registry
 
+    if to not in EXPORTERS and to not in STORE_EXPORTERS:
+        Registry("exporter", {**EXPORTERS, **STORE_EXPORTERS}).load(to)  # which names the nearest of all
     if to in STORE_EXPORTERS:
         if regions is not None:
             raise UsageError(f"--to {to}: --regions names an encoder's store", hint="give the store itself")
