@@ -172,7 +172,7 @@ def test_what_cannot_be_exported_is_one_clear_line(root: Path, tmp_path: Path, m
     refused(2, "needs --images", store, "--to", "nifti")
     refused(2, "needs --images", store, "--to", "png", "--set", "overlays=true")
     refused(2, "no slice of a NIfTI volume", store, "--to", "nifti", "--images", images)
-    refused(2, "are not there", store, "--to", "nnunet", "--images", GOLDEN.parent)
+    refused(2, "are not there", store, "--to", "nnunet", "--images", images / "a")
     refused(2, "--set are for exports of region stores", GOLDEN / "encoder", "--to", "timm", "--set", "threshold=1")
     refused(2, "--regions names", store, "--to", "png", "--regions", store)
     refused(5, "pinned", f"{store}@sha256:{'0' * 16}", "--to", "coco")

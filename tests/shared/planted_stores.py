@@ -58,7 +58,9 @@ def plant_store(
                     None,
                     source.group,
                 )
-                journal.append_maps(row, sample, draw(source, image), boxes, scores, np.array([1], np.uint16))
+                journal.append_maps(
+                    row, sample, draw(source, image), boxes, scores, np.array([len(regions) - 1], np.uint16)
+                )
             assemble_shard(journal)
     outputs = finalise(folder)
     drop_journal(folder)
