@@ -4,6 +4,7 @@ import csv
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -181,8 +182,6 @@ def test_what_cannot_be_exported_is_one_clear_line(root: Path, tmp_path: Path, m
 
 
 def test_an_image_that_has_changed_is_refused(root: Path, tmp_path: Path, mwm) -> None:
-    import shutil
-
     shutil.copytree(root / "images", tmp_path / "images")
     Image.fromarray(np.zeros((16, 24), np.uint8)).save(tmp_path / "images" / "a-b.png")
     code, _, err = mwm(

@@ -1,7 +1,9 @@
 """Stores of slices put back into volumes, and nnU-Net folders: every voxel where it was drawn."""
 
 import csv
+import gzip
 import json
+import shutil
 from pathlib import Path
 
 import nibabel
@@ -106,7 +108,20 @@ def test_every_voxel_is_where_it_was_drawn(root: Path, tmp_path: Path, mwm) -> N
         np.testing.assert_array_equal(values, wanted)
     for path in out.rglob("*"):
         data = path.read_bytes()
-        assert PATIENT not in (__import__("gzip").decompress(data) if path.suffix == ".gz" else data)
+        assert PATIENT not in (gzip.decompress(data) if path.suffix == ".gz" else data)
+
+
+@pytest.mark.parametrize("to", ["nifti", "nnunet"])
+def test_a_volume_that_has_changed_is_refused(root: Path, tmp_path: Path, mwm, to: str) -> None:
+    shutil.copytree(root / "images", tmp_path / "images")
+    image = nibabel.load(root / "images" / "LPS.nii")
+    moved = image.affine + np.eye(4)[:, :1] * np.eye(4)[3]  # the same voxels, one mm beside
+    nibabel.save(nibabel.Nifti1Image(np.asanyarray(image.dataobj), moved), tmp_path / "images" / "LPS.nii")
+    images = tmp_path / "images"
+    code, _, err = mwm("export", root / "store", "--to", to, "--images", images, "--out", tmp_path / "x")
+    assert code == 4
+    assert "when it was localized" in err
+    assert not (tmp_path / "x").exists()
 
 
 def test_labels_follow_the_order_of_the_recipe(root: Path, tmp_path: Path, mwm) -> None:

@@ -36,6 +36,7 @@ def plant_store(
     names = sorted(sources)
     create_store(folder, sample_ids=names, regions=regions, grid=grid)
     boxes, scores = encode_boxes(np.array([[1.0, 2.0, 5.5, 9.0]])), encode_scores(np.array([0.75]))
+    last = np.array([len(regions) - 1], np.uint16)
     for shard in pending_shards(folder):
         with ShardJournal(folder, shard) as journal:
             for row in journal.missing:
@@ -58,9 +59,7 @@ def plant_store(
                     None,
                     source.group,
                 )
-                journal.append_maps(
-                    row, sample, draw(source, image), boxes, scores, np.array([len(regions) - 1], np.uint16)
-                )
+                journal.append_maps(row, sample, draw(source, image), boxes, scores, last)
             assemble_shard(journal)
     outputs = finalise(folder)
     drop_journal(folder)

@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -145,8 +146,6 @@ def test_a_store_without_maps_is_no_dataset(root: Path, tmp_path: Path) -> None:
 
 
 def test_a_changed_list_of_quarantined_is_noticed(root: Path, tmp_path: Path) -> None:
-    import shutil
-
     shutil.copytree(root / "store", tmp_path / "s")
     (tmp_path / "s" / "quarantine.jsonl").write_text("")
     with pytest.raises(CorruptError, match="changed since it was published"):
