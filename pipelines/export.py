@@ -5,19 +5,14 @@ The folder is made aside and renamed in last: a kill leaves nothing that looks w
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pipelines.aside import made_aside, refuse_taken
 from pipelines.exporters import EXPORTERS
-from shared.artifact import fsync_folder, full_disk_is_named, refuse_without_room, write_atomic
-from shared.errors import DriftError, UsageError
-from shared.lease import Lease
-from shared.workspace import refuse_inside_artifact, refuse_unwritable
+from shared.artifact import full_disk_is_named, refuse_without_room, write_atomic
+from shared.errors import DriftError
 
 _TEXTS_BYTES = 1 << 20
 """Room for everything beside the weights."""
@@ -70,10 +65,7 @@ def export(reference: str, *, to: str, out: Path, regions: Path | None = None) -
         DiskFullError: No room.
     """
     write = EXPORTERS.load(to)
-    refuse_inside_artifact(out)
-    refuse_unwritable(out)
-    if out.exists() and any(out.iterdir()):
-        raise UsageError(f"{out}: not empty", hint="name another folder with --out")
+    refuse_taken(out)
     from pipelines.exportable import open_exportable
     from pipelines.lineage import trace
     from pipelines.model_card import FILE, LITE_TERMS, model_card, packaged_terms, uses_lite
@@ -81,7 +73,7 @@ def export(reference: str, *, to: str, out: Path, regions: Path | None = None) -
     source = open_exportable(reference)
     lineage = trace(source.path, source.card, regions)
     weights = sum(value.numel() * value.element_size() for value in source.model.state_dict().values())
-    with _aside(out) as folder:
+    with made_aside(out) as folder:
         refuse_without_room(folder, weights + _TEXTS_BYTES, "the export")
         with full_disk_is_named(folder, weights):
             differences = write(source, folder)
@@ -105,25 +97,3 @@ def export(reference: str, *, to: str, out: Path, regions: Path | None = None) -
         tuple(map(str, differences)),
         lineage.missing,
     )
-
-
-@contextmanager
-def _aside(out: Path) -> Iterator[Path]:
-    """An empty folder beside ``out`` that takes its place at the end; what a kill left there is cleared away."""
-    out = Path(os.path.realpath(out))
-    aside = out.with_name(f".{out.name}.export")
-    try:
-        with Lease(aside):
-            whole = aside / "whole"
-            shutil.rmtree(whole, ignore_errors=True)
-            whole.mkdir()
-            try:
-                yield whole
-                fsync_folder(whole)
-                os.rename(whole, out)
-                fsync_folder(out.parent)
-            finally:
-                shutil.rmtree(whole, ignore_errors=True)
-    finally:
-        with suppress(OSError):  # another export to the same place holds it, or has removed it
-            aside.rmdir()

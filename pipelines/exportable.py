@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from pipelines.exporters import STORE_EXPORTERS
 from shared.artifact import Card, open_artifact, read_card, verify
 from shared.backbones import CONFIG, WEIGHTS
 from shared.errors import CorruptError, IncompatibleError, UsageError
@@ -118,7 +119,9 @@ def open_exportable(reference: str) -> Exportable:
     if kind not in KINDS:
         raise IncompatibleError(
             f"{path}: found kind '{kind}', expected kind '{KINDS[0]}' or '{KINDS[1]}'",
-            hint="'mwm pretrain' makes an encoder, 'mwm finetune' a model",
+            hint=f"for a region store: --to {', '.join(STORE_EXPORTERS)}"
+            if kind == "region-store"
+            else "'mwm pretrain' makes an encoder, 'mwm finetune' a model",
         )
     path, card = open_artifact(reference, kind)
     if kind == "model" and (task := card.identity.spec["config"]["task"]) != _CLASSIFY:

@@ -54,7 +54,7 @@ class Found:
 
 def tables() -> dict[str, Registry]:
     """Every table of parts, by the plural of what it holds."""
-    from pipelines.exporters import EXPORTERS
+    from pipelines.exporters import EXPORTERS, STORE_EXPORTERS
     from stage1_localize.grounders import GROUNDERS
     from stage1_localize.segmenters import SEGMENTERS
     from stage2_pretrain.kernels import IMPLS
@@ -70,10 +70,13 @@ def tables() -> dict[str, Registry]:
         "methods": METHODS,
         "tasks": TASKS,
         "exporters": EXPORTERS,
+        "store_exporters": STORE_EXPORTERS,
     }
 
 
-KINDS = ("recipes", "grounders", "segmenters", "policies", "samplers", "methods", "tasks", "exporters")
+KINDS = (
+    "recipes", "grounders", "segmenters", "policies", "samplers", "methods", "tasks", "exporters", "store_exporters",
+)  # fmt: skip
 
 
 def list_parts(kind: str) -> list[Part]:

@@ -16,6 +16,7 @@ import yaml
 
 from pipelines.exportable import Difference, Exportable
 from pipelines.lineage import Lineage
+from pipelines.markdown import as_text
 from shared.artifact import NOT_FOR_DIAGNOSIS, Card
 
 FILE = "README.md"
@@ -125,7 +126,7 @@ def _facts(source: Exportable) -> str:
         "mean, deviation": f"{pretrained['mean']}, {pretrained['std']} of pixels in [0, 1]",
     }
     if source.classes:
-        told["classes"] = ", ".join(map(_plain, source.classes))
+        told["classes"] = ", ".join(map(as_text, source.classes))
     return _table(told)
 
 
@@ -183,7 +184,7 @@ def _regions(lineage: Lineage) -> str:
         f"`{spec['segmenter']['name']}` from these prompts:"
     )
     prompts = "\n".join(
-        f"- **{_plain(item['name'])}**: {', '.join(map(_plain, item['texts']))}" for item in spec["regions"]
+        f"- **{as_text(item['name'])}**: {', '.join(map(as_text, item['texts']))}" for item in spec["regions"]
     )
     return f"{found}\n\n{prompts}"
 
@@ -282,11 +283,6 @@ def _table(rows: Mapping[str, object]) -> str:
 
 def _listed(options: Mapping[str, Any]) -> str:
     return ", ".join(f"{key} {value}" for key, value in options.items() if value is not None) or "none"
-
-
-def _plain(text: str) -> str:
-    """A user's words, so that Markdown takes none of them for its own."""
-    return re.sub(r"([\\`*_<>|\[\]#~&])", r"\\\1", " ".join(text.split()))
 
 
 def _quoted(text: str) -> str:

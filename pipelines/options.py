@@ -108,12 +108,12 @@ def check_artifact(reference: str, kind: str) -> None:
         )
 
 
-def check_exportable(reference: str) -> None:
-    """Refuse a file or a folder of artifacts where an encoder or a model is expected, and say where one may be."""
+def check_exportable(reference: str, kind: str = "encoder") -> None:
+    """Refuse a file or a folder of artifacts where one to export is expected, and say where one may be."""
     path = Path(reference.partition("@sha256:")[0])
     refuse_file(path)
     if not (path / "artifact.json").is_file():
-        check_artifact(reference, "encoder")
+        check_artifact(reference, kind)
 
 
 def refuse_file(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from shlex import quote
 from typing import Annotated
@@ -68,15 +69,36 @@ def inspect(
 
 
 def export(
-    artifact: Annotated[str, typer.Argument(help="An encoder or a model, PATH or PATH@sha256:... to pin it.")],
-    to: Annotated[str, typer.Option(help="timm, huggingface or onnx.")],
+    artifact: Annotated[
+        str, typer.Argument(help="A region store, an encoder or a model, PATH or PATH@sha256:... to pin it.")
+    ],
+    to: Annotated[
+        str,
+        typer.Option(help="Of a region store: coco, png, nifti or nnunet. Of the others: timm, huggingface or onnx."),
+    ],
     out: Annotated[Path, typer.Option(help="Folder to write; absent or empty.")],
+    images: Annotated[Path | None, typer.Option(help="The store's images, for nifti, nnunet and overlays.")] = None,
     regions: Annotated[Path | None, typer.Option(help="The region store of an encoder, if not beside it.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="key=value: a setting of a store's format; repeatable.")
+    ] = None,
     as_json: AsJson = False,
     verbose: Verbose = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write an encoder or a model for timm, Hugging Face or ONNX; it is loaded back and compared first."""
+    """Write an artifact in a form that others read; it is loaded back and compared first."""
+    from pipelines.exporters import EXPORTERS, STORE_EXPORTERS
+    from shared.errors import UsageError
+    from shared.registry import Registry
+
+    if to not in EXPORTERS and to not in STORE_EXPORTERS:
+        Registry("exporter", {**EXPORTERS, **STORE_EXPORTERS}).load(to)  # which names the nearest of all
+    if to in STORE_EXPORTERS:
+        if regions is not None:
+            raise UsageError(f"--to {to}: --regions names an encoder's store", hint="give the store itself")
+        return _export_regions(artifact, to, out, images, set_ or (), as_json)
+    if images is not None or set_:
+        raise UsageError("--images and --set are for exports of region stores", hint=f"{', '.join(STORE_EXPORTERS)}")
     from pipelines.export import export as run
 
     check_exportable(artifact)
@@ -90,6 +112,25 @@ def export(
     typer.echo(f"digest: sha256:{made.artifact_id} (of the {made.kind})")
     typer.echo(f"compared: {'; '.join(made.lines)}")
     typer.echo(f"next: {made.path / 'README.md'} says how to load it; state there the licence of your data")
+    return None
+
+
+def _export_regions(
+    artifact: str, to: str, out: Path, images: Path | None, settings: Sequence[str], as_json: bool
+) -> None:
+    from pipelines.export_regions import export_regions
+
+    check_exportable(artifact, "region-store")
+    made = export_regions(artifact, to=to, out=out, images=images, settings=settings)
+    if as_json:
+        return print_json(made.as_dict())
+    skipped = ", ".join(f"{count:,} {reason}" for reason, count in made.left_out.items())
+    typer.echo(f"made: {to} export of {made.samples:,} samples ({', '.join(made.files)})")
+    typer.echo(f"where: {made.path}")
+    typer.echo(f"digest: sha256:{made.artifact_id} (of the region store)")
+    typer.echo(f"compared: {'; '.join(made.lines)}")
+    typer.echo(f"skipped: {skipped or 'nothing'}")
+    typer.echo(f"next: {made.path / 'README.md'} says what is where")
     return None
 
 

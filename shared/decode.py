@@ -303,8 +303,10 @@ def _header(head: bytes) -> Any:
 
     _silence("nibabel.global")
 
-    kind = nibabel.Nifti2Header if 540 in (int.from_bytes(head[:4], order) for order in ("little", "big")) else None
-    return (kind or nibabel.Nifti1Header).from_fileobj(io.BytesIO(head))
+    second = 540 in (int.from_bytes(head[:4], order) for order in ("little", "big"))
+    kind, size = (nibabel.Nifti2Header, 540) if second else (nibabel.Nifti1Header, 348)
+    # Four zeros say that no extension follows: one may be longer than what of the file is read for its header.
+    return kind.from_fileobj(io.BytesIO(head[:size] + bytes(4)))
 
 
 def _shape(header: Any) -> tuple[int, int, int]:

@@ -5,21 +5,23 @@ Imports no zarr: maps are read straight from their shards, which zarr reads just
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
-from jaxtyping import Int32, Int64, UInt8, UInt16, UInt32
+from jaxtyping import Float32, Int32, Int64, UInt8, UInt16, UInt32
 
-from shared.artifact import Card, open_artifact
+from shared.artifact import Card, file_sha256, open_artifact
 from shared.errors import CorruptError, IncompatibleError, UsageError
 from shared.merkle import row_digest
 from shared.region_arrays import DETECTIONS, ShardedArray, check_metadata, read_detections
 from shared.region_layout import (
     ABSENT,
     ARRAYS,
+    QUARANTINE,
     QUARTER,
     RESTORE,
     SAMPLES,
@@ -32,6 +34,10 @@ from shared.region_layout import (
     read_samples,
 )
 from shared.region_verify import verify_store
+
+if TYPE_CHECKING:
+    from shared.region_dataset import RegionMaps
+    from shared.region_views import Picture
 
 __all__ = [
     "ABSENT",
@@ -106,20 +112,30 @@ class RegionStore:
         except KeyError:
             raise UsageError(f"sample {sample_id!r}: not in region store {self.path.name}") from None
 
-    def maps(self, rows: Sequence[int]) -> UInt8[np.ndarray, "n K *grid"]:
-        """Region maps of some rows, 0..254; `ABSENT` throughout for quarantined ones.
+    @overload
+    def maps(self, rows: str) -> Float32[np.ndarray, "K *grid"]: ...
+    @overload
+    def maps(self, rows: Sequence[int]) -> UInt8[np.ndarray, "n K *grid"]: ...
+    def maps(self, rows: str | Sequence[int]) -> np.ndarray[Any, Any]:
+        """Region maps: of one sample by its id, as probabilities; of some rows, as they are stored.
+
+        ``store.maps("scan-1")`` is float32 [K, *grid] in [0, 1], in the order of `regions`; a quarantined sample
+        is an error. ``store.maps([0, 7])`` is uint8 [2, K, *grid], ``floor(254 p + 0.5)``, and `ABSENT` throughout
+        for quarantined rows: what loops over a store take.
 
         Checksums say that a chunk is whole, not whose it is: two shards exchanged by a copy pass them all. So the
         first time that this object reads a row, its maps are compared with the digest that was published, and
         from then on its chunk must have the same crc32c as then, which costs nothing.
 
         Args:
-            rows: In 0..N-1, any order, repeats allowed.
+            rows: A sample id; or numbers in 0..N-1, any order, repeats allowed.
 
         Raises:
-            UsageError: No such row.
+            UsageError: No such sample or row, or a sample without maps.
             CorruptError: A row's maps are not what was published; names row and sample.
         """
+        if isinstance(rows, str):
+            return decode_probability(self.maps([self._usable_row(rows)])[0])
         rows = self._check_rows(rows)
         checksums = np.zeros(len(rows), np.uint32)
         out = self._read(self._maps, rows, checksums)
@@ -151,6 +167,46 @@ class RegionStore:
         boxes, scores, regions, offsets = self._detections
         part = slice(int(offsets[row]), int(offsets[row + 1]))
         return boxes[part], scores[part], regions[part]
+
+    def overlay(
+        self, sample_id: str, images: Any = None, *, regions: Sequence[str] | None = None, side_px: int = 512
+    ) -> Picture:
+        """A sample's regions painted, for notebooks to show: `shared.region_views.paint_sample`."""
+        from shared.region_views import paint_sample
+
+        return paint_sample(self, sample_id, images, regions=regions, side_px=side_px)
+
+    def dataset(
+        self, images: Path | str | None = None, transform: Callable[[dict[str, Any]], Any] | None = None
+    ) -> RegionMaps:
+        """The samples with maps as a torch dataset: `shared.region_dataset.RegionMaps`."""
+        from shared.region_dataset import RegionMaps
+
+        return RegionMaps(self, images, transform)
+
+    def why_quarantined(self) -> dict[str, str]:
+        """Sample id -> reason code, of the samples without maps.
+
+        Raises:
+            CorruptError: The list is not what was published.
+        """
+        path = self.path / QUARANTINE
+        if not path.is_file() or file_sha256(path) != self.card.identity.outputs["quarantine_sha256"]:
+            raise CorruptError(f"{QUARANTINE}: missing, or changed since it was published", hint=RESTORE)
+        lines = path.read_text(encoding="utf-8").splitlines()
+        return {entry["sample_id"]: entry["reason"] for entry in map(json.loads, lines)}
+
+    def _repr_html_(self) -> str:
+        from shared.region_views import describe_html
+
+        return describe_html(self)
+
+    def _usable_row(self, sample_id: str) -> int:
+        row = self.row(sample_id)
+        if self.samples[row].status != "ok":
+            reason = self.why_quarantined().get(sample_id, "an unknown reason")
+            raise UsageError(f"sample {sample_id!r}: has no maps, quarantined for {reason}")
+        return row
 
     def _read(
         self, array: ShardedArray, rows: Sequence[int], checksums: UInt32[np.ndarray, "n"] | None = None

@@ -46,10 +46,14 @@ def test_inside_shared_contracts_do_not_import_what_stands_on_them() -> None:
         "region_writer regions",
     ]
     level = {name: number for number, names in enumerate(order) for name in names.split()}
+    # A store's own methods for notebooks, which import when called; test_regions says that opening one does not.
+    late = {("regions", "region_views"), ("regions", "region_dataset")}
     for path in (ROOT / "shared").glob("*.py"):
         for module in imports(path):
             if module.startswith("shared.") and path.stem in level:
                 other = module.split(".")[1]
+                if (path.stem, other) in late:
+                    continue
                 assert level.get(other, 99) <= level[path.stem], f"{path.name} imports {module}"
 
 

@@ -85,3 +85,19 @@ def test_a_volume_agrees_with_simpleitk(tmp_path: Path) -> None:
     low, high = np.percentile(theirs, (0.5, 99.5))
     ours = _volume(path, "v", (0, 0)).voxels
     np.testing.assert_allclose(ours, np.clip((theirs - low) / (high - low), 0, 1), atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [nibabel.Nifti1Image, nibabel.Nifti2Image])
+def test_a_header_may_have_an_extension_of_any_length(tmp_path: Path, kind: type) -> None:
+    values, affine = stored((1, 2, 0), (1, -1, -1))
+    for name, text in (("none.nii", b""), ("long.nii.gz", b"<AFNI/>" * 900)):
+        image = kind(values, affine)
+        if text:
+            image.header.extensions.append(nibabel.nifti1.Nifti1Extension("afni", text))
+        nibabel.save(image, tmp_path / name)
+    none, long = (
+        [read_image(source).pixels for source in find_sources(tmp_path) if source.sample_id.startswith(name)]
+        for name in ("none", "long")
+    )
+    assert len(none) == VOLUME.shape[2]
+    np.testing.assert_array_equal(none, long)
