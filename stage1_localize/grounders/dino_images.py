@@ -1,7 +1,7 @@
 """What GroundingDINO sees: resized, normalised pixels, gathered into calls of one size each.
 
 Sides follow the rule of DETR (Carion et al., 2020): the shortest side to a size, unless the longest would then pass a
-limit. Images share a call only where their sizes agree, so none is padded because of another.
+limit. Images share a call only where their sizes agree, so nothing is ever padded.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float32
+from jaxtyping import Float, Float32
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -23,7 +23,6 @@ FILE = "preprocessor_config.json"
 LONGEST_SHARE = (1333, 800)
 """Limit of the longest side over the shortest, as published."""
 _MODES = {2: "bilinear", 3: "bicubic"}
-_GROW_PX = 32
 
 
 @dataclass(frozen=True)
@@ -46,8 +45,9 @@ class Preprocessing:
 
     def __str__(self) -> str:
         return (
-            f"shortest side {self.size_px} px, longest at most {self.longest_px}, {self.mode} antialiased in torch "
-            f"float32; mean {' '.join(map(str, self.mean))}, std {' '.join(map(str, self.std))}; version 1"
+            f"shortest side {self.size_px} px, longest at most {self.longest_px}, more where the model would have fewer "
+            f"cells than queries, {self.mode} antialiased in torch float32; mean {' '.join(map(str, self.mean))}, "
+            f"std {' '.join(map(str, self.std))}; version 1"
         )
 
 
@@ -57,13 +57,11 @@ class Call:
 
     Attributes:
         places: Index of each in the batch.
-        pixels: Normalised; zeros where ``valid`` is False.
-        valid: True where the image is; False below and right of it.
+        pixels: Normalised.
     """
 
     places: tuple[int, ...]
     pixels: Float[Tensor, "B 3 H W"]
-    valid: Bool[Tensor, "B H W"]
 
 
 def read_preprocessing(folder: Path, size_px: int) -> Preprocessing:
@@ -114,10 +112,30 @@ def is_constant(image: Float32[np.ndarray, "C H W"]) -> bool:
     return bool((image == image[:, :1, :1]).all())
 
 
-def prepare(image: Float32[np.ndarray, "C H W"], how: Preprocessing) -> Float32[Tensor, "3 h w"]:
-    """Resize and normalise one image of values in [0, 1]; grey is repeated to three channels."""
+def enough(height: int, width: int, how: Preprocessing, strides: Sequence[int], cells_min: int) -> tuple[int, int]:
+    """As `fitted`, but larger where the feature levels would have too few cells to pick the model's queries from.
+
+    The releases fail there: small inputs and thin ones. Padding instead would offer cells that hold no image.
+
+    Args:
+        height: Rows of the image.
+        width: Its columns.
+        how: Preprocessing.
+        strides: Of the model's feature levels, px.
+        cells_min: Cells that the levels must have together.
+    """
+    size_px, longest_px = how.size_px, how.longest_px
+    while True:
+        rows, columns = fitted(height, width, size_px, longest_px)
+        if sum(-(-rows // stride) * -(-columns // stride) for stride in strides) >= cells_min:
+            return rows, columns
+        grown = size_px + -(-size_px // 16)
+        size_px, longest_px = grown, -(-longest_px * grown // size_px)
+
+
+def prepare(image: Float32[np.ndarray, "C H W"], how: Preprocessing, size: tuple[int, int]) -> Float32[Tensor, "3 h w"]:
+    """Resize to ``size`` and normalise one image of values in [0, 1]; grey is repeated to three channels."""
     pixels = torch.from_numpy(np.ascontiguousarray(image, np.float32))[None]
-    size = fitted(*image.shape[1:], how.size_px, how.longest_px)
     if size != tuple(image.shape[1:]):
         pixels = F.interpolate(pixels, size, mode=how.mode, align_corners=False, antialias=True).clamp_(0, 1)
     mean, std = (torch.tensor(values).reshape(3, 1, 1) for values in (how.mean, how.std))
@@ -139,30 +157,16 @@ def gather(
         how: Preprocessing.
         batch: Images a call, at most.
         strides: Of the model's feature levels, px.
-        cells_min: Cells that the levels must have together: the model picks that many. An image too small for it
-            gets empty room below and right of it.
+        cells_min: As for `enough`.
     """
     by_size: dict[tuple[int, int], list[tuple[int, Tensor]]] = {}
     for place, image in enumerate(images):
         if not is_constant(image):
-            pixels = prepare(image, how)
-            by_size.setdefault((pixels.shape[1], pixels.shape[2]), []).append((place, pixels))
+            size = enough(image.shape[1], image.shape[2], how, strides, cells_min)
+            by_size.setdefault(size, []).append((place, prepare(image, how, size)))
     calls = []
-    for size, members in by_size.items():
-        height, width = _room(*size, strides, cells_min)
+    for members in by_size.values():
         for start in range(0, len(members), batch):
             chosen = members[start : start + batch]
-            stacked = F.pad(torch.stack([pixels for _, pixels in chosen]), (0, width - size[1], 0, height - size[0]))
-            valid = torch.zeros(len(chosen), height, width, dtype=torch.bool)
-            valid[:, : size[0], : size[1]] = True
-            calls.append(Call(tuple(place for place, _ in chosen), stacked, valid))
+            calls.append(Call(tuple(place for place, _ in chosen), torch.stack([pixels for _, pixels in chosen])))
     return calls
-
-
-def _room(height: int, width: int, strides: Sequence[int], cells_min: int) -> tuple[int, int]:
-    while sum(-(-height // stride) * -(-width // stride) for stride in strides) < cells_min:
-        if height <= width:
-            height += _GROW_PX
-        else:
-            width += _GROW_PX
-    return height, width

@@ -60,15 +60,13 @@ class Network(Protocol):
         strides: Of its feature levels, px.
         num_queries: Boxes that it answers with.
         device: Where it computes.
-        dtype: Of its weights.
     """
 
     strides: tuple[int, ...]
     num_queries: int
     device: str
-    dtype: torch.dtype
 
-    def see(self, pixels: Float[Tensor, "B 3 H W"], valid: Bool[Tensor, "B H W"]) -> Any:
+    def see(self, pixels: Float[Tensor, "B 3 H W"]) -> Any:
         """Everything about the images that no word changes."""
         ...
 
@@ -113,13 +111,8 @@ def locate(
 
 def _see(network: Network, how: Preprocessing, options: DinoOptions, batch: Batch) -> list[_Seen]:
     assert isinstance(options.batch, int)
-    calls = gather(
-        batch.images, how, batch=options.batch, strides=network.strides, cells_min=network.num_queries
-    )
-    return [
-        _Seen(call.places, network.see(call.pixels.to(network.device, network.dtype), call.valid.to(network.device)))
-        for call in calls
-    ]
+    calls = gather(batch.images, how, batch=options.batch, strides=network.strides, cells_min=network.num_queries)
+    return [_Seen(call.places, network.see(call.pixels.to(network.device))) for call in calls]
 
 
 _Found = tuple[Float32[np.ndarray, "n 4"], Float32[np.ndarray, "n"], int, int]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from shared.config import digest
@@ -60,15 +60,17 @@ class GroundingDino:
                 hint="a single .pth file of the original release is read by grounder 'groundingdino_py'",
             )
         self._how = read_preprocessing(folder, self.options.size_px)
-        self._tokenizer = load_tokenizer(folder)
         model, unused = _load(folder, options.model or DEFAULT)
+        self._tokenizer = load_tokenizer(folder)
         files = [folder / name for name in ("config.json", FILE, *TOKENIZER_FILES)]
         self._identity = {
             **weights_identity(model.state_dict(), files),
             "unused_tensors": unused,
             "preprocessing": str(self._how),
             "joint": self.options.joint,
-            "numeric": f"torch {self.options.device} {self.options.dtype}, text attention sdpa, the rest as transformers",
+            "numeric": f"torch {self.options.device} float32"
+            + (", products in bfloat16 by autocast" if self.options.dtype == "bfloat16" else "")
+            + "; attention of the text encoder sdpa",
         }
         self._network = NativeNetwork(model, delimiter_ids(self._tokenizer), self.options)
         self._tokens_max = min(TOKENS_MAX, model.config.max_text_len, model.config.text_config.max_position_embeddings)
@@ -116,10 +118,11 @@ def _load(folder: Path, name: str) -> tuple[Any, int]:
             hint="give the folder that 'hf download NAME --local-dir FOLDER' fills",
         )
     try:
-        config = GroundingDinoConfig.from_dict(said)
+        config: Any = GroundingDinoConfig.from_dict(said)
         config.text_config._attn_implementation = "sdpa"
+        build: Any = GroundingDinoForObjectDetection.from_pretrained
         with without_progress_bar():
-            model, info = GroundingDinoForObjectDetection.from_pretrained(
+            model, info = build(
                 None, config=config, state_dict=load_tensors(weights), dtype=torch.float32, output_loading_info=True
             )
     except CorruptError:
@@ -162,12 +165,13 @@ class NativeNetwork:
 
     def __init__(self, model: Any, delimiters: Sequence[int], options: DinoOptions) -> None:
         config = model.config
-        self.device, self.dtype = options.device, getattr(torch, options.dtype)
+        self.device: str = options.device
+        self._half = options.dtype == "bfloat16"
         self.num_queries = int(config.num_queries)
         finest = [4 * 2 ** (index - 1) for index in config.backbone_config.out_indices]
         extra = range(1, config.num_feature_levels - len(finest) + 1)
         self.strides = (*finest, *(finest[-1] * 2**level for level in extra))
-        self._model = model.to(self.device, self.dtype)
+        self._model = model.to(self.device)
         inner = model.model
         # transformers counts on the numbers of one vocabulary.
         inner.special_tokens = torch.tensor(delimiters, device=self.device)
@@ -176,16 +180,24 @@ class NativeNetwork:
         self._seen = _SeenBefore(inner.backbone)
         inner.backbone = self._seen
 
-    def see(self, pixels: Float[Tensor, "B 3 H W"], valid: Bool[Tensor, "B H W"]) -> Any:
-        """Feature maps with their places, and where the images are."""
-        return self._backbone(pixels, valid.long()), valid
+    def see(self, pixels: Float[Tensor, "B 3 H W"]) -> Any:
+        """Feature maps with their places, and a mask that says that all of it is image."""
+        everywhere = torch.ones_like(pixels[:, 0], dtype=torch.long)
+        with self._precision():
+            return self._backbone(pixels, everywhere), everywhere
 
     def ask(self, seen: Any, prompt: Prompt) -> tuple[Float[Tensor, "B Q T"], Float[Tensor, "B Q 4"]]:
         """Logits and boxes; the model reads shapes of the pixels only, their features stand in for them."""
-        self._seen.features, valid = seen
-        ids = torch.tensor([prompt.input_ids], device=self.device).expand(len(valid), -1)
-        out = self._model(pixel_values=valid[:, None].expand(-1, 3, -1, -1), input_ids=ids, pixel_mask=valid.long())
+        self._seen.features, everywhere = seen
+        ids = torch.tensor([prompt.input_ids], device=self.device).expand(len(everywhere), -1)
+        with self._precision():
+            out = self._model(everywhere[:, None].expand(-1, 3, -1, -1), ids, pixel_mask=everywhere)
         return out.logits[..., : ids.shape[1]], out.pred_boxes
+
+    def _precision(self) -> torch.autocast:
+        """Products in bfloat16 where asked; places stay float32: in bfloat16 the samples of the deformable attention
+        would lie up to half a cell beside where they belong."""
+        return torch.autocast(self.device, torch.bfloat16, enabled=self._half)
 
 
 class _SeenBefore(nn.Module):

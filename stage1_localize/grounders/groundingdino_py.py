@@ -1,9 +1,10 @@
-"""`groundingdino_py`: the original release's GroundingDINO, from the package groundingdino-py 0.4.0, on today's libraries.
+"""`groundingdino_py`: the original release's GroundingDINO, from the package groundingdino-py 0.4.0.
 
 For weights that exist only as the release's ``.pth`` files, and for comparing with published numbers; the same
-function as `grounding_dino`, to 1e-4 in scores and boxes on equal weights. Three things of the package are not used: its
-text wrapper, which fails with transformers 5 (`PhraseEncoder` stands there); its configuration reader, which runs the
-file as Python (here it is read as data); its loader, which unpickles.
+function as `grounding_dino`, to 1e-4 in scores and in shares of a side on equal weights (but for boxes within a
+thousandth of the border, where the two clamp differently). Three things of the package
+are not used: its text wrapper, which fails with transformers 5 (`PhraseEncoder` stands there); its configuration
+reader, which runs the file as Python (here it is read as data); its loader, which unpickles.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from types import SimpleNamespace
 from typing import Any, Literal, Self
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -81,8 +82,9 @@ class GroundingDinoPy:
         weights = _weights(options)
         asked = options.model_copy(update={"model": options.text_model, "revision": None})
         text_folder = find_model(asked, DEFAULT_TEXT, needs=("config.json",))
+        bert = _text_encoder(text_folder)
         self._tokenizer = load_tokenizer(text_folder)
-        model, unused = _filled(build_model(config, text_folder, self._tokenizer), weights)
+        model, unused = _filled(build_model(config, bert, self._tokenizer), weights)
         self._how = read_preprocessing(weights.parent, self.options.size_px)
         files = [text_folder / name for name in ("config.json", *TOKENIZER_FILES)]
         self._identity = {
@@ -177,28 +179,31 @@ def _weights(options: GroundingDinoPy.Options) -> Path:
     return (named or files)[0]
 
 
-def build_model(config: dict[str, Any], text_folder: Path, tokenizer: Any) -> Any:
+def _text_encoder(folder: Path) -> Any:
+    from transformers import BertConfig, BertModel
+
+    try:
+        return BertModel._from_config(BertConfig.from_pretrained(folder), attn_implementation="sdpa")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CorruptError(f"text_model {folder}: config.json is no BERT's ({type(error).__name__})") from None
+
+
+def build_model(config: dict[str, Any], bert: Any, tokenizer: Any) -> Any:
     """The package's model in evaluation mode, unfilled, with transformers' BERT as its text encoder.
 
     Raises:
         IncompatibleError: The package cannot be imported.
         ConfigError: A value missing or not offered.
     """
-    from transformers import BertConfig, BertModel
-
     package = _import_package()
     # Checkpointing saves memory in training; here it would only warn.
     arguments = SimpleNamespace(**{**config, "use_checkpoint": False, "use_transformer_ckpt": False})
     try:
-        bert = BertModel._from_config(BertConfig.from_pretrained(text_folder), attn_implementation="sdpa")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CorruptError(f"text_model {text_folder}: config.json is no BERT's ({type(error).__name__})") from None
-    try:
-        swin = _swin(arguments.backbone, arguments.return_interm_indices)
-        eyes = package.swin.SwinTransformer(**swin)
+        with _without_its_warnings():
+            eyes = package.swin.SwinTransformer(**_swin(arguments.backbone, arguments.return_interm_indices))
         backbone = package.backbone.Joiner(eyes, package.backbone.build_position_encoding(arguments))
         backbone.num_channels = eyes.num_features[4 - len(arguments.return_interm_indices) :]
-        with _own_text_encoder(package.model, tokenizer, bert):
+        with _without_its_warnings(), _own_text_encoder(package.model, tokenizer, bert):
             model = package.model.GroundingDINO(
                 backbone,
                 package.model.build_transformer(arguments),
@@ -224,8 +229,7 @@ def build_model(config: dict[str, Any], text_folder: Path, tokenizer: Any) -> An
 
 def _import_package() -> SimpleNamespace:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with _without_its_warnings():
             from groundingdino.models.GroundingDINO import groundingdino as model
             from groundingdino.models.GroundingDINO.backbone import backbone, swin_transformer
     except ImportError as error:
@@ -247,6 +251,14 @@ def _swin(backbone: Any, indices: Sequence[int]) -> dict[str, Any]:
         trained_px = int(backbone.split("_")[2])
         backbone = {**_SWINS[backbone[:6]], "window_size": trained_px // 32, "pretrain_img_size": trained_px}
     return {**backbone, "out_indices": tuple(indices)}
+
+
+@contextmanager
+def _without_its_warnings() -> Iterator[None]:
+    """The package calls meshgrid, autocast and timm by their older names."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 @contextmanager
@@ -297,10 +309,8 @@ class PackageNetwork:
         options: Pinned.
     """
 
-    dtype = torch.float32
-
     def __init__(self, model: Any, config: dict[str, Any], options: DinoOptions) -> None:
-        self.device = options.device
+        self.device: str = options.device
         self.num_queries = int(config["num_queries"])
         finest = [4 * 2**index for index in config["return_interm_indices"]]
         extra = range(1, config["num_feature_levels"] - len(finest) + 1)
@@ -311,24 +321,23 @@ class PackageNetwork:
         self._seen = _SeenBefore(model.backbone[1])
         model.backbone = self._seen
 
-    def see(self, pixels: Float[Tensor, "B 3 H W"], valid: Bool[Tensor, "B H W"]) -> Any:
-        """Feature maps with their places, and the images' masks."""
+    def see(self, pixels: Float[Tensor, "B 3 H W"]) -> Any:
+        """Feature maps with their places, and a mask that says that none of it is padding."""
         from groundingdino.util.misc import NestedTensor
 
-        with warnings.catch_warnings():  # it calls meshgrid and autocast by their older names
-            warnings.simplefilter("ignore")
-            maps, places = self._backbone(NestedTensor(pixels, ~valid))
-        return maps, places, ~valid
+        nowhere = torch.zeros_like(pixels[:, 0], dtype=torch.bool)
+        with _without_its_warnings():
+            maps, places = self._backbone(NestedTensor(pixels, nowhere))
+        return maps, places, nowhere
 
     def ask(self, seen: Any, prompt: Prompt) -> tuple[Float[Tensor, "B Q T"], Float[Tensor, "B Q 4"]]:
         """Logits and boxes; the model reads the mask of the images only, their features stand in for them."""
         from groundingdino.util.misc import NestedTensor
 
-        maps, places, empty = seen
+        maps, places, nowhere = seen
         self._seen.features = maps, places
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            out = self._model(NestedTensor(empty, empty), captions=[prompt.caption] * len(empty))
+        with _without_its_warnings():
+            out = self._model(NestedTensor(nowhere, nowhere), captions=[prompt.caption] * len(nowhere))
         return out["pred_logits"][..., : len(prompt.input_ids)], out["pred_boxes"]
 
 

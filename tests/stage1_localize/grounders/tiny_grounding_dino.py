@@ -12,8 +12,20 @@ import torch
 SIDE_PX = 96
 QUERIES = 30
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
-WORDS = "brain tumour left right lung white blood cell grey matter nodule disc heart".split()
-VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", "?", "-", *WORDS, *LETTERS, *(f"##{c}" for c in LETTERS)]
+WORDS = ["brain", "tumour", "left", "right", "lung", "white", "blood", "cell", "grey", "matter", "nodule"]
+VOCABULARY = [
+    "[PAD]",
+    "[UNK]",
+    "[CLS]",
+    "[SEP]",
+    "[MASK]",
+    ".",
+    "?",
+    "-",
+    *WORDS,
+    *LETTERS,
+    *(f"##{c}" for c in LETTERS),
+]
 SWIN: dict[str, Any] = {"embed_dim": 16, "depths": [1, 1, 2, 1], "num_heads": [1, 2, 2, 4], "window_size": 4}
 TEXT: dict[str, Any] = {
     "vocab_size": len(VOCABULARY),
@@ -120,12 +132,13 @@ def build_legacy(folder: Path, seed: int = 0) -> dict[str, Any]:
 
 
 RENAMED = {
-    r"^model\.backbone\.conv_encoder\.model\.swin\.embeddings\.patch_embeddings\.projection": "backbone.0.patch_embed.proj",
-    r"^model\.backbone\.conv_encoder\.model\.swin\.embeddings\.norm": "backbone.0.patch_embed.norm",
-    r"^model\.backbone\.conv_encoder\.model\.swin\.encoder\.": "backbone.0.",
-    r"^model\.backbone\.conv_encoder\.model\.hidden_states_norms\.stage2": "backbone.0.norm1",
-    r"^model\.backbone\.conv_encoder\.model\.hidden_states_norms\.stage3": "backbone.0.norm2",
-    r"^model\.backbone\.conv_encoder\.model\.hidden_states_norms\.stage4": "backbone.0.norm3",
+    r"^model\.backbone\.conv_encoder\.model": "backbone.0",
+    r"^backbone\.0\.swin\.embeddings\.patch_embeddings\.projection": "backbone.0.patch_embed.proj",
+    r"^backbone\.0\.swin\.embeddings\.norm": "backbone.0.patch_embed.norm",
+    r"^backbone\.0\.swin\.encoder\.": "backbone.0.",
+    r"^backbone\.0\.hidden_states_norms\.stage2": "backbone.0.norm1",
+    r"^backbone\.0\.hidden_states_norms\.stage3": "backbone.0.norm2",
+    r"^backbone\.0\.hidden_states_norms\.stage4": "backbone.0.norm3",
     r"\.attention\.o_proj": ".attn.proj",
     r"\.attention\.relative_position_bias\.": ".attn.",
     r"\.layernorm_before": ".norm1",
