@@ -45,9 +45,9 @@ class Preprocessing:
 
     def __str__(self) -> str:
         return (
-            f"shortest side {self.size_px} px, longest at most {self.longest_px}, more where the model would have fewer "
-            f"cells than queries, {self.mode} antialiased in torch float32; mean {' '.join(map(str, self.mean))}, "
-            f"std {' '.join(map(str, self.std))}; version 1"
+            f"shortest side {self.size_px} px, longest at most {self.longest_px}, more where the model would "
+            f"have fewer cells than queries, {self.mode} antialiased in torch float32; "
+            f"mean {' '.join(map(str, self.mean))}, std {' '.join(map(str, self.std))}; version 1"
         )
 
 
