@@ -39,7 +39,7 @@ class DinoOptions(ModelOptions):
     )
     joint: bool = Field(
         False,
-        description="All wordings in one prompt, as published: one pass an image, but regions change each other.",
+        description="All wordings in one prompt, as published: one pass an image, not one a wording; regions interact.",
     )
     boxes_max: int = Field(10, ge=1, le=900, description="Strongest boxes that are kept of a wording in an image.")
     batch: int | Literal["auto"] = Field(
