@@ -6,6 +6,8 @@ GROUNDERS = Registry(
     "grounder",
     {
         "contrast": "stage1_localize.grounders.contrast:Contrast",
+        "grounding_dino": "stage1_localize.grounders.grounding_dino:GroundingDino",
+        "groundingdino_py": "stage1_localize.grounders.groundingdino_py:GroundingDinoPy",
         "lite": "stage1_localize.grounders.lite:Lite",
         "oracle": "stage1_localize.grounders.oracle:Oracle",
         "planted": "stage1_localize.grounders.planted:Planted",

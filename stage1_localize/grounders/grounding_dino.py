@@ -1,0 +1,214 @@
+"""`grounding_dino`: open-vocabulary boxes by text, with transformers' own GroundingDINO.
+
+Liu et al., "Grounding DINO: Marrying DINO with grounded pre-training for open-set object detection", 2023
+(arXiv 2303.05499). Of a call's work only what words change is repeated for each wording: the text encoder runs once
+a prompt and process, the image backbone once an image and batch. Trained on photographs; boxes without pixels.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from shared.config import digest
+from shared.errors import ConfigError, CorruptError, InputMissingError
+from stage1_localize.contracts import Batch, Detections, Region
+from stage1_localize.grounders.dino_images import FILE, read_preprocessing
+from stage1_localize.grounders.dino_locate import TOKENS_MAX, DinoOptions, locate
+from stage1_localize.grounders.dino_words import (
+    TOKENIZER_FILES,
+    PhraseEncoder,
+    Prompt,
+    build_prompts,
+    delimiter_ids,
+    load_tokenizer,
+)
+from stage1_localize.models import find_model, load_tensors, weights_identity
+
+DEFAULT = "IDEA-Research/grounding-dino-tiny"
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+
+
+class GroundingDino:
+    """Boxes for any words, from a model folder of transformers."""
+
+    class Options(DinoOptions):
+        """A folder with config.json, weights and tokenizer, or a name on the hub."""
+
+    version = 1
+
+    def __init__(self, options: Options) -> None:
+        """Load configuration, tokenizer and weights.
+
+        Raises:
+            InputMissingError: No such model on this disk nor on the hub, or a folder that lacks a file.
+            CorruptError: A file that cannot be read, or weights that do not fill the model.
+            ConfigError: A model of another kind.
+        """
+        self.options = options.pinned()
+        folder = find_model(options, DEFAULT, needs=("config.json",))
+        if not folder.is_dir():
+            raise InputMissingError(
+                f"model {options.model}: a file; expected a folder with config.json and {WEIGHTS[0]}",
+                hint="a single .pth file of the original release is read by grounder 'groundingdino_py'",
+            )
+        self._how = read_preprocessing(folder, self.options.size_px)
+        model, unused = _load(folder, options.model or DEFAULT)
+        self._tokenizer = load_tokenizer(folder)
+        files = [folder / name for name in ("config.json", FILE, *TOKENIZER_FILES)]
+        self._identity = {
+            **weights_identity(model.state_dict(), files),
+            "unused_tensors": unused,
+            "preprocessing": str(self._how),
+            "joint": self.options.joint,
+            "numeric": f"torch {self.options.device} float32"
+            + (", products in bfloat16 by autocast" if self.options.dtype == "bfloat16" else "")
+            + "; attention of the text encoder sdpa",
+        }
+        self._network = NativeNetwork(model, delimiter_ids(self._tokenizer), self.options)
+        self._tokens_max = min(TOKENS_MAX, model.config.max_text_len, model.config.text_config.max_position_embeddings)
+
+    def check(self, regions: Sequence[Region]) -> None:
+        """Accept any words that the text encoder can read.
+
+        Raises:
+            PromptError: As `build_prompts`.
+        """
+        self._prompts(regions)
+
+    def needs_segmenter(self, regions: Sequence[Region]) -> bool:
+        """Boxes only."""
+        return bool(regions)
+
+    def identity(self) -> dict[str, Any]:
+        """Digests of weights, configuration and vocabulary; preprocessing; whether regions change each other."""
+        return self._identity
+
+    def locate(self, batch: Batch, regions: Sequence[Region]) -> list[Detections]:
+        """Boxes of every wording in every image, each wording asked alone unless ``joint``."""
+        key = f"grounding_dino {digest({'is': self._identity, 'batch': self.options.batch})}"
+        return locate(self._network, self._prompts(regions), self._how, self.options, batch, key)
+
+    def _prompts(self, regions: Sequence[Region]) -> list[Prompt]:
+        return build_prompts(self._tokenizer, regions, joint=self.options.joint, tokens_max=self._tokens_max)
+
+
+def _load(folder: Path, name: str) -> tuple[Any, int]:
+    """The model in float32, in evaluation mode, and how many tensors of its file it has no place for."""
+    from transformers import GroundingDinoConfig, GroundingDinoForObjectDetection
+
+    try:
+        said = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        kind = said.get("model_type")
+    except (ValueError, AttributeError):
+        raise CorruptError(f"model {name}: config.json is no JSON object", hint="download it again") from None
+    if kind != "grounding-dino":
+        raise ConfigError(f"model {name}: its model_type is '{kind}', expected 'grounding-dino'")
+    weights = next((folder / file for file in WEIGHTS if (folder / file).is_file()), None)
+    if weights is None:
+        raise InputMissingError(
+            f"model {name}: its folder holds no {' and no '.join(WEIGHTS)}",
+            hint="give the folder that 'hf download NAME --local-dir FOLDER' fills",
+        )
+    try:
+        config: Any = GroundingDinoConfig.from_dict(said)
+        config.text_config._attn_implementation = "sdpa"
+        build: Any = GroundingDinoForObjectDetection.from_pretrained
+        with without_progress_bar():
+            model, info = build(
+                None, config=config, state_dict=load_tensors(weights), dtype=torch.float32, output_loading_info=True
+            )
+    except CorruptError:
+        raise
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CorruptError(
+            f"model {name}: {weights.name} does not fit config.json ({type(error).__name__})", hint="download it again"
+        ) from None
+    absent = sorted([*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])])
+    if absent:
+        raise CorruptError(
+            f"model {name}: {weights.name} lacks {len(absent)} tensors that config.json asks for, such as {absent[0]}",
+            hint="download it again",
+        )
+    return model.eval().requires_grad_(False), len(info["unexpected_keys"])
+
+
+@contextmanager
+def without_progress_bar() -> Iterator[None]:
+    """transformers draws one for every model that it fills; a run has a progress line of its own."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+class NativeNetwork:
+    """transformers' model behind the `Network` protocol.
+
+    Args:
+        model: ``GroundingDinoForObjectDetection`` in evaluation mode; its encoders are replaced in place.
+        delimiters: Numbers of the tokens that end a phrase, for this model's vocabulary.
+        options: Pinned.
+    """
+
+    def __init__(self, model: Any, delimiters: Sequence[int], options: DinoOptions) -> None:
+        config = model.config
+        self.device: str = options.device
+        self._half = options.dtype == "bfloat16"
+        self.num_queries = int(config.num_queries)
+        finest = [4 * 2 ** (index - 1) for index in config.backbone_config.out_indices]
+        extra = range(1, config.num_feature_levels - len(finest) + 1)
+        self.strides = (*finest, *(finest[-1] * 2**level for level in extra))
+        self._model = model.to(self.device)
+        inner = model.model
+        # transformers counts on the numbers of one vocabulary.
+        inner.special_tokens = torch.tensor(delimiters, device=self.device)
+        inner.text_backbone = PhraseEncoder(inner.text_backbone)
+        self._backbone = inner.backbone
+        self._seen = _SeenBefore(inner.backbone)
+        inner.backbone = self._seen
+
+    def see(self, pixels: Float[Tensor, "B 3 H W"]) -> Any:
+        """Feature maps with their places, and a mask that says that all of it is image."""
+        everywhere = torch.ones_like(pixels[:, 0], dtype=torch.long)
+        with self._precision():
+            return self._backbone(pixels, everywhere), everywhere
+
+    def ask(self, seen: Any, prompt: Prompt) -> tuple[Float[Tensor, "B Q T"], Float[Tensor, "B Q 4"]]:
+        """Logits and boxes; the model reads shapes of the pixels only, their features stand in for them."""
+        self._seen.features, everywhere = seen
+        ids = torch.tensor([prompt.input_ids], device=self.device).expand(len(everywhere), -1)
+        with self._precision():
+            out = self._model(everywhere[:, None].expand(-1, 3, -1, -1), ids, pixel_mask=everywhere)
+        return out.logits[..., : ids.shape[1]], out.pred_boxes
+
+    def _precision(self) -> torch.autocast:
+        """Products in bfloat16 where asked; places stay float32: in bfloat16 the samples of the deformable attention
+        would lie up to half a cell beside where they belong."""
+        return torch.autocast(self.device, torch.bfloat16, enabled=self._half)
+
+
+class _SeenBefore(nn.Module):
+    """Stands where the model expects its image backbone, and answers with what that said before."""
+
+    def __init__(self, backbone: Any) -> None:
+        super().__init__()
+        self.position_embedding = backbone.position_embedding
+        self.features: Any = None
+
+    def forward(self, pixel_values: Tensor, pixel_mask: Tensor) -> tuple[list[Any], list[Any]]:
+        del pixel_values, pixel_mask
+        maps, places = self.features
+        return list(maps), list(places)  # copies: the model appends to them
