@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from pipelines.audit_maps import MAP_VERDICTS, Again, MapsAudit, audit_maps
 from shared.artifact import (
     CARD,
     Card,
@@ -36,9 +37,9 @@ from shared.errors import CorruptError, IncompatibleError, InputMissingError, Us
 from shared.lease import Lease
 from shared.workspace import SPEC, begin
 
-Verdict = Literal["identical", "drift", "missing", "corrupt", "unrecomputable"]
+Verdict = Literal["identical", "tolerant", "drift", "missing", "corrupt", "unrecomputable"]
 RESOLVED = "resolved.yaml"
-LEVELS = ("integrity", "masks", "all")
+LEVELS = ("integrity", "masks", "maps", "all")
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,10 @@ class Row:
 
 @dataclass(frozen=True)
 class AuditResult:
-    """All verdicts of an audit."""
+    """All verdicts of an audit, and what level ``maps`` found, by artifact."""
 
     rows: tuple[Row, ...]
+    maps: tuple[tuple[str, MapsAudit], ...] = ()
 
     @property
     def exit_code(self) -> int:
@@ -71,7 +73,10 @@ class AuditResult:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON."""
-        return {"exit_code": self.exit_code, "rows": [asdict(row) for row in self.rows]}
+        told: dict[str, Any] = {"exit_code": self.exit_code, "rows": [asdict(row) for row in self.rows]}
+        if self.maps:
+            told["maps"] = {name: found.as_dict() for name, found in self.maps}
+        return told
 
     def lines(self) -> list[str]:
         """One line a verdict, then the sum."""
@@ -86,7 +91,13 @@ class AuditResult:
 
 
 def audit(
-    path: Path, *, level: str = "integrity", regions: Path | None = None, out: Path | None = None, command: str = ""
+    path: Path,
+    *,
+    level: str = "integrity",
+    regions: Path | None = None,
+    out: Path | None = None,
+    command: str = "",
+    again: Again | None = None,
 ) -> AuditResult:
     """Audit an artifact, or every artifact below a folder.
 
@@ -96,16 +107,19 @@ def audit(
         regions: Region store for redrawing an encoder's masks, where it is neither below ``path`` nor beside it.
         out: If given, the audit is published there as an artifact of kind ``audit-report``.
         command: Command line for provenance.
+        again: How level ``maps`` makes rows again; level ``all`` makes them only if it is given.
 
     Returns:
         Verdicts; corrupt artifacts are verdicts, not exceptions.
 
     Raises:
-        UsageError: Unknown level.
+        UsageError: Unknown level, or level ``maps`` without the images.
         InputMissingError, IncompatibleError: No artifact at ``path``.
     """
     if level not in LEVELS:
         raise UsageError(f"--level {level}: unknown", hint=f"known: {', '.join(LEVELS)}")
+    if level == "maps" and again is None:
+        raise UsageError("--level maps: needs the images that were localized", hint="--images FOLDER_OR_LIST")
     folders = _artifacts_below(path, out)
     cards: dict[Path, Card] = {}
     rows: list[Row] = []
@@ -124,7 +138,16 @@ def audit(
         for folder, card in cards.items():
             if card.identity.kind == "encoder":
                 rows.append(_masks(folder, card, _name(folder, path), stores))
-    result = AuditResult(tuple(rows))
+    found: list[tuple[str, MapsAudit]] = []
+    if level in ("maps", "all"):
+        for folder, card in cards.items():
+            if card.identity.kind == "region-store":
+                told, maps = _maps(folder, _name(folder, path), again)
+                rows += told
+                found += [] if maps is None else [(_name(folder, path), maps)]
+    if level == "maps" and not found and not any(row.kind == "region-store" for row in rows):
+        raise UsageError(f"{path}: no region store in it, so no maps to make again")
+    result = AuditResult(tuple(rows), tuple(found))
     if out is not None:
         _publish(result, out, level, cards.values(), command)
     return result
@@ -319,6 +342,30 @@ def _masks(folder: Path, card: Card, name: str, stores: dict[str, Path]) -> Row:
     return Row(name, "encoder", "masks", found.checked, "identical", detail)
 
 
+def _maps(folder: Path, name: str, again: Again | None) -> tuple[list[Row], MapsAudit | None]:
+    """Verdicts of level ``maps`` on one store: a row a kind of verdict, and one for the prompts."""
+    kind, check = "region-store", "maps made again"
+    if again is None:
+        return [Row(name, kind, check, 0, "unrecomputable", "left out: needs the images (--images)")], None
+    from shared.regions import open_region_store
+
+    try:
+        found = audit_maps(open_region_store(folder), again)
+    except CorruptError as error:
+        return [Row(name, kind, check, 0, "corrupt", error.message)], None
+    except IncompatibleError as error:
+        hint = f" ({error.hint})" if error.hint else ""
+        return [Row(name, kind, check, 0, "unrecomputable", error.message + hint)], None
+    rows = []
+    for verdict in MAP_VERDICTS:
+        those = [row for row in found.rows if row.verdict == verdict]
+        if those:
+            rows.append(Row(name, kind, check, len(those), verdict, found.told(verdict)))
+    control = found.control
+    rows.append(Row(name, kind, "unrelated prompts", control.samples, control.verdict, control.detail))
+    return rows, found
+
+
 def _publish(result: AuditResult, out: Path, level: str, cards: Iterable[Card], command: str) -> None:
     from shared.report import audit_report
 
@@ -332,7 +379,10 @@ def _publish(result: AuditResult, out: Path, level: str, cards: Iterable[Card], 
         status, _ = begin(out, kind="audit-report", inputs=inputs, spec=spec, resolved=f"level: {level}\n")
         if status == "done":
             return
-        write_atomic(out / "report.html", audit_report(result.as_dict()["rows"]).encode())
+        page = audit_report(result.as_dict()["rows"], [found.section(name) for name, found in result.maps])
+        write_atomic(out / "report.html", page.encode())
+        if result.maps:
+            write_atomic(out / "maps.json", json.dumps(result.as_dict()["maps"], indent=1).encode())
         publish(
             out,
             kind="audit-report",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from shlex import quote
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -14,18 +14,25 @@ from pipelines.options import AsJson, Quiet, Verbose, check_exportable, command_
 
 def audit(
     path: Annotated[Path, typer.Argument(help="An artifact, or a folder that holds artifacts.")],
-    level: Annotated[str, typer.Option(help="integrity, masks, or all that this release can.")] = "integrity",
+    level: Annotated[str, typer.Option(help="integrity, masks, maps (needs --images), or all.")] = "integrity",
     regions: Annotated[Path | None, typer.Option(help="The region store of an encoder, if not beside it.")] = None,
+    images: Annotated[Path | None, typer.Option(help="What a store was made from, to make its maps again.")] = None,
+    nonce: Annotated[str | None, typer.Option(help="Your own word; it draws the rows [a fresh one, printed].")] = None,
+    rows: Annotated[str | None, typer.Option(help="Rows whose maps are made again, or 'all' [299].")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="A localize setting that named a file elsewhere; repeatable.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Also publish the audit as an artifact in this folder.")] = None,
     as_json: AsJson = False,
     verbose: Verbose = False,
     quiet: Quiet = False,
 ) -> None:
-    """Check that artifacts are what was published, and redraw every witnessed mask."""
+    """Check that artifacts are what was published; redraw every witnessed mask; make a sample of maps again."""
     from pipelines.audit import audit as run
 
     refuse_file(path)
-    result = run(path, level=level, regions=regions, out=out, command=command_told())
+    again = _again(level, images, nonce, rows, set_, quiet)
+    result = run(path, level=level, regions=regions, out=out, command=command_told(), again=again)
     if as_json:
         print_json(result.as_dict())
     else:
@@ -33,6 +40,30 @@ def audit(
             typer.echo(line)
     if result.exit_code:
         raise typer.Exit(result.exit_code)
+
+
+def _again(
+    level: str, images: Path | None, nonce: str | None, rows: str | None, set_: list[str] | None, quiet: bool
+) -> Any:
+    """How maps are made again, or None."""
+    from pipelines.audit_maps import Again, fresh_nonce, rows_asked
+    from shared.errors import UsageError
+
+    if images is None or level not in ("maps", "all"):
+        given = {"--images": images, "--nonce": nonce, "--rows": rows, "--set": set_}
+        named = [name for name, value in given.items() if value]
+        if named:
+            raise UsageError(f"{', '.join(named)}: for --level maps or all, with --images")
+        return None
+    how = Again(images, nonce or fresh_nonce(), rows_asked(rows), tuple(set_ or ()))
+    if quiet:
+        return how
+    from dataclasses import replace
+
+    from shared.runlog import RunLog
+
+    log = RunLog(Path())  # not entered: it talks, and writes nothing
+    return replace(how, progress=lambda done, total: log.progress(done, total, "row made again"))
 
 
 def inspect(

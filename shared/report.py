@@ -157,14 +157,14 @@ def audit_table(rows: Iterable[Mapping[str, Any]]) -> str:
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def audit_report(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Report of an audit: what failed and what could not be recomputed is said first."""
+def audit_report(rows: Sequence[Mapping[str, Any]], more: Sequence[Section] = ()) -> str:
+    """Report of an audit: what failed and what could not be recomputed is said first; then ``more``."""
     kinds = [_MARKS.get(str(row["verdict"]), ("bad", ""))[0] for row in rows]
     told = f"{kinds.count('bad')} of {len(rows)} checks did not pass." if "bad" in kinds else "Every check passed."
     if "open" in kinds:
         told = told if "bad" in kinds else f"{kinds.count('ok')} of {len(rows)} checks passed."
         told += f" {kinds.count('open')} could not be recomputed here."
-    return page("Audit", told, [Section("Verdicts", audit_table(rows))])
+    return page("Audit", told, [Section("Verdicts", audit_table(rows)), *more])
 
 
 def tour_report(

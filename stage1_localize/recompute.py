@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int32, UInt8, UInt16
+from jaxtyping import Float32, Int32, UInt8, UInt16
 
 from shared.config import load
 from shared.errors import ConfigError, DecodeError, IncompatibleError, InputMissingError, MwmError
@@ -103,6 +103,11 @@ class Recomputer:
             return None
         made = self._answer({row: image}, self._places(row), regions=regions)
         return made if isinstance(made, Answer) else None
+
+    def pixels(self, row: int) -> Float32[np.ndarray, "C H W"]:
+        """The image of a row that was made, for a picture."""
+        image = self._image(self.store.samples[row])
+        return image.pixels if isinstance(image, Image) else np.zeros((1, *self.store.grid), np.float32)
 
     def _places(self, row: int) -> list[int]:
         first = row // self.rows_per_shard * self.rows_per_shard
