@@ -49,11 +49,11 @@ def build_sam2(folder: Path) -> dict[str, Any]:
     backbone = Sam2HieraDetConfig(
         hidden_size=8,
         image_size=[SIZE_PX, SIZE_PX],
-        blocks_per_stage=[1, 1, 1, 1],
+        blocks_per_stage=[1, 1, 2, 1],
         embed_dim_per_stage=[8, 16, 32, 64],
         num_attention_heads_per_stage=[1, 1, 2, 2],
         window_size_per_stage=[4, 4, 2, 2],
-        global_attention_blocks=[2],
+        global_attention_blocks=[3],
         window_positional_embedding_background_size=[2, 2],
     )
     config = Sam2Config(
