@@ -133,7 +133,9 @@ def read_normalisation(
         if said.get("do_normalize") is False:
             return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
         try:
-            found = [tuple(map(float, said.get(key) or usual)) for key, usual in (("image_mean", mean), ("image_std", std))]
+            found = [
+                tuple(map(float, said.get(key) or usual)) for key, usual in (("image_mean", mean), ("image_std", std))
+            ]
         except (TypeError, ValueError):
             found = [(), ()]
         if len(found[0]) != 3 or len(found[1]) != 3 or min(found[1]) <= 0:

@@ -20,7 +20,7 @@ from jaxtyping import Float, Float32
 from pydantic import Field
 from torch import Tensor
 
-from shared.errors import CorruptError, PromptError
+from shared.errors import CorruptError, InputMissingError, PromptError
 from stage1_localize.contracts import Batch, Detections, Region
 from stage1_localize.frames import Frame, to_map_frame
 from stage1_localize.models import ModelOptions
@@ -51,7 +51,7 @@ class Sam3:
         """Load the model and its tokenizer.
 
         Raises:
-            InputMissingError, IncompatibleError, CorruptError: As `load_pretrained`.
+            InputMissingError, IncompatibleError, CorruptError: As `load_pretrained`, or a folder without tokenizer.
             ConfigError: ``cuda`` is asked and there is none.
         """
         self._options = options.pinned()
@@ -151,9 +151,7 @@ class Sam3:
     ) -> tuple[Float32[np.ndarray, "n 4"], Float32[np.ndarray, "n"], list[Float32[np.ndarray, "256 256"]]]:
         """Boxes, scores and maps of one wording."""
         features, mask = self._read(text)
-        said = self._model(
-            vision_embeds=seen, text_embeds=SimpleNamespace(pooler_output=features), attention_mask=mask
-        )
+        said = self._model(vision_embeds=seen, text_embeds=SimpleNamespace(pooler_output=features), attention_mask=mask)
         frame = self._how.frame(image)
         score = (said.pred_logits[0].sigmoid() * said.presence_logits[0].sigmoid()).float().cpu().numpy()
         boxes = in_image(said.pred_boxes[0].float().cpu().numpy(), frame)
@@ -175,6 +173,12 @@ def in_image(shares: Float32[np.ndarray, "n 4"], frame: Frame) -> Float32[np.nda
 def _load_tokenizer(folder: Path, name: str) -> Any:
     from transformers import AutoTokenizer
 
+    if not any((folder / file).is_file() for file in ("tokenizer.json", "vocab.json")):
+        # transformers would build one without words, and say nothing.
+        raise InputMissingError(
+            f"model {name}: its folder holds no tokenizer.json and no vocab.json",
+            hint="give the folder that 'hf download NAME --local-dir FOLDER' fills",
+        )
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # files of strangers: whatever transformers makes of them

@@ -112,8 +112,10 @@ def prepare(image: Float32[np.ndarray, "C H W"], how: Preprocessing) -> Float32[
         pixels = F.interpolate(pixels, size, mode=how.mode, align_corners=False, antialias=True)
         pixels = pixels.clamp(0, 1)  # bicubic overshoots
     if how.stretch:
+        # A constant image is constant before resizing: the rounding of its weights is not to be stretched.
+        blank = bool((image == image[:, :1, :1]).all())
         low, high = pixels.min(), pixels.max()
-        pixels = (pixels - low) / (high - low) if high > low else torch.zeros_like(pixels)
+        pixels = torch.zeros_like(pixels) if blank or high <= low else (pixels - low) / (high - low)
     mean, std = (torch.tensor(values).reshape(3, 1, 1) for values in (how.mean, how.std))
     normalised = (pixels[0].expand(3, -1, -1) - mean) / std
     return F.pad(normalised, (0, frame.size_px - frame.width_px, 0, frame.size_px - frame.height_px))
@@ -167,7 +169,9 @@ def segment(
         batch: Images.
         detections: One an image.
     """
-    embedded = embed(network, how, options.images_batch, key, batch, [i for i, each in enumerate(detections) if len(each)])
+    embedded = embed(
+        network, how, options.images_batch, key, batch, [i for i, each in enumerate(detections) if len(each)]
+    )
     answers = []
     for place, found in enumerate(detections):
         if not len(found):

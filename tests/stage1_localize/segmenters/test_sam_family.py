@@ -62,9 +62,7 @@ def image(height: int = 50, width: int = 80, channels: int = 1, seed: int = 0) -
 @pytest.mark.parametrize("name", BUILD)
 def test_probabilities_in_the_map_frame_for_every_image_and_box(folders, name):
     batch = Batch([image(), image(30, 30, 3), np.full((1, 64, 64), 0.5, np.float32), np.zeros((3, 9, 1), np.float32)])
-    segments = part(folders, name).segment(
-        batch, [boxes(*BOXES), boxes(), boxes((0, 0, 64, 64)), boxes((0, 0, 1, 9))]
-    )
+    segments = part(folders, name).segment(batch, [boxes(*BOXES), boxes(), boxes((0, 0, 64, 64)), boxes((0, 0, 1, 9))])
     assert [each.shape for each in segments] == [(5, 256, 256), (0, 256, 256), (1, 256, 256), (1, 256, 256)]
     for each in segments:
         assert each.dtype == np.float32
