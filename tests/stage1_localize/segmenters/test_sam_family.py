@@ -357,7 +357,7 @@ def test_a_release_file_is_data_of_the_right_model(folders, tmp_path):
     path = Path(folders["segment_anything"]["model"])
     with pytest.raises(ConfigError, match="has no default"):
         SegmentAnything(SegmentAnything.Options())
-    with pytest.raises(ConfigError, match="variant: vit_b, but sam_tiny.pth holds other"):
+    with pytest.raises(ConfigError, match=r"variant: vit_b, but sam_tiny\.pth holds other"):
         SegmentAnything(SegmentAnything.Options(**folders["segment_anything"], variant="vit_b"))
     by_folder = tmp_path / "one"
     by_folder.mkdir()
