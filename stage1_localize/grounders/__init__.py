@@ -11,5 +11,6 @@ GROUNDERS = Registry(
         "lite": "stage1_localize.grounders.lite:Lite",
         "oracle": "stage1_localize.grounders.oracle:Oracle",
         "planted": "stage1_localize.grounders.planted:Planted",
+        "sam3": "stage1_localize.grounders.sam3:Sam3",
     },
 )
