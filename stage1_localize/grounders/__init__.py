@@ -5,9 +5,11 @@ from shared.registry import Registry
 GROUNDERS = Registry(
     "grounder",
     {
+        "biomedclip": "stage1_localize.grounders.biomedclip:BiomedClip",
         "contrast": "stage1_localize.grounders.contrast:Contrast",
         "lite": "stage1_localize.grounders.lite:Lite",
         "oracle": "stage1_localize.grounders.oracle:Oracle",
         "planted": "stage1_localize.grounders.planted:Planted",
+        "supervoxels": "stage1_localize.grounders.supervoxels:Supervoxels",
     },
 )
