@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import numpy as np
@@ -114,7 +114,7 @@ class BiomedClip:
         """Digests of weights, configuration and tokenizer; how pixels and noise are made."""
         return {
             **self._clip.identity,
-            "preprocessing": f"longest side {self._clip.size_px} px antialiased bicubic, zeros below and right; version 1",
+            "preprocessing": f"longest side {self._clip.size_px} px antialiased bicubic, zeros below and right",
             "saliency": "m2ib, raw features, KL of the last loss; version 1",
             "noise": "stretches of a Philox Box-Muller table, by seed, pixels, step and draw; version 1",
         }
@@ -151,9 +151,7 @@ class BiomedClip:
         with torch.no_grad():
             return self._clip.below(self._batch_of_one(self._clip.prepare(image)[0]), self.options.layer)[0]
 
-    def _locate(
-        self, batch: Batch, place: int, tokens: Float[Tensor, "T C"], regions: Sequence[Region]
-    ) -> Detections:
+    def _locate(self, batch: Batch, place: int, tokens: Float[Tensor, "T C"], regions: Sequence[Region]) -> Detections:
         image = batch.images[place]
         asked = [(r, t, text) for r, region in enumerate(regions) for t, text in enumerate(region.texts)]
         found: list[tuple[int, int, Part]] = []
@@ -161,7 +159,8 @@ class BiomedClip:
             presence = self._presence(tokens, text)
             if presence * 1000 < self.options.presence_min_milli:
                 continue
-            frame = batch.memo(f"m2ib {self._key} {place} {text}", lambda text=text: self._map(image, tokens, text))
+            key = f"m2ib {self._key} {place} {text}"
+            frame = batch.memo(key, partial(self._map, image, tokens, text))
             found += [(r, t, part) for part in self._parts(frame, presence, *image.shape[1:])]
         return Detections(
             box_xyxy_px=np.array([box for _, _, (box, _, _) in found], np.float32).reshape(-1, 4),
@@ -178,7 +177,9 @@ class BiomedClip:
         clip, options = self._clip, self.options
         _, rows, columns = clip.prepare(image)
         content = np.ascontiguousarray(image, "<f4")
-        pixels_key = int.from_bytes(hashlib.sha256(repr(image.shape).encode() + content.tobytes()).digest()[:8], "little")
+        pixels_key = int.from_bytes(
+            hashlib.sha256(repr(image.shape).encode() + content.tobytes()).digest()[:8], "little"
+        )
         dtype = getattr(torch, options.dtype)
         carried = saliency(
             tokens,

@@ -26,9 +26,19 @@ from shared.errors import ConfigError, CorruptError, IncompatibleError, InputMis
 from stage1_localize.models import load_tensors, weights_identity
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"
-OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt", "vocab.json")
-TOKENIZER_FILES += ("merges.txt",)
+OPEN_CLIP_WEIGHTS = (
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.safetensors",
+    "open_clip_pytorch_model.bin",
+)
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+)
 BERT_HEAD_CHANNELS = 64
 """Channels of an attention head in every released BERT; a state dict does not tell how many heads there are."""
 
@@ -88,9 +98,7 @@ class ClipModel:
         """
         height, width = image.shape[1:]
         longest = max(height, width)
-        rows, columns = (
-            max(1, (2 * side * self.size_px + longest) // (2 * longest)) for side in (height, width)
-        )
+        rows, columns = (max(1, (2 * side * self.size_px + longest) // (2 * longest)) for side in (height, width))
         pixels = torch.from_numpy(np.ascontiguousarray(image, np.float32))[None]
         if (height, width) != (rows, columns):
             pixels = F.interpolate(pixels, (rows, columns), mode="bicubic", align_corners=False, antialias=True)
@@ -114,7 +122,9 @@ def load_clip(folder: Path, device: str, dtype: str) -> ClipModel:
         CorruptError: Weights that cannot be read, or do not fit the configuration.
     """
     if not folder.is_dir():
-        raise InputMissingError(f"model {folder.name}: a file, expected a folder with config.json or {OPEN_CLIP_CONFIG}")
+        raise InputMissingError(
+            f"model {folder.name}: a file, expected a folder with config.json or {OPEN_CLIP_CONFIG}"
+        )
     kind = _json(folder / "config.json").get("model_type") if (folder / "config.json").is_file() else None
     if kind == "clip":
         return _load_transformers(folder, device, dtype)
@@ -133,7 +143,8 @@ def _load_transformers(folder: Path, device: str, dtype: str) -> ClipModel:
 
     disable_progress_bar()
     try:
-        model, about = CLIPModel.from_pretrained(folder, local_files_only=True, output_loading_info=True, dtype="float32")
+        read: Any = CLIPModel.from_pretrained(folder, local_files_only=True, output_loading_info=True, dtype="float32")
+        model, about = read
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # whatever a damaged folder provokes inside the library
         raise _unreadable(folder, error) from None
@@ -221,7 +232,7 @@ def _load_open_clip(folder: Path, device: str, dtype: str) -> ClipModel:
     )
 
 
-def _build_open_clip(open_clip: Any, about: dict[str, Any], weights: Path, folder: Path) -> nn.Module:
+def _build_open_clip(open_clip: Any, about: dict[str, Any], weights: Path, folder: Path) -> Any:
     """The model with its weights, and nothing asked of a hub.
 
     open_clip looks up the configuration of a text tower by its name on the hub. It is told a folder instead, with
@@ -264,7 +275,9 @@ def bert_config(tensors: dict[str, Tensor], folder: Path) -> dict[str, Any]:
             f"model {folder.name}: its text tower is no BERT (no {error.args[0]}), and there is no config.json for it",
             hint="put the text tower's config.json into the folder",
         ) from None
-    layers = {name.removeprefix(f"{prefix}encoder.layer.").split(".")[0] for name in tensors if ".encoder.layer." in name}
+    layers = {
+        name.removeprefix(f"{prefix}encoder.layer.").split(".")[0] for name in tensors if ".encoder.layer." in name
+    }
     return {
         "model_type": "bert",
         "vocab_size": words,

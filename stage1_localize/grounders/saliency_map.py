@@ -41,7 +41,9 @@ def to_map_frame(
     return ((frame - low) / (high - low)).astype(np.float32)
 
 
-def threshold(saliency: Float32[np.ndarray, "256 256"], how: Literal["fixed", "otsu", "kmeans"], level_milli: int) -> int:
+def threshold(
+    saliency: Float32[np.ndarray, "256 256"], how: Literal["fixed", "otsu", "kmeans"], level_milli: int
+) -> int:
     """Highest level of 0 to 255 that still is background.
 
     ``otsu`` maximises the variance between the two classes, which is the best that k-means of two can reach in one

@@ -62,7 +62,10 @@ def _means(values: Float64[np.ndarray, "3 n"], label: Int[np.ndarray, "n"], coun
 
 
 def _distance(
-    values: Float64[np.ndarray, "3 n"], centres: Float64[np.ndarray, "3 c"], cell: Int[np.ndarray, "n"], compactness: int
+    values: Float64[np.ndarray, "3 n"],
+    centres: Float64[np.ndarray, "3 c"],
+    cell: Int[np.ndarray, "n"],
+    compactness: int,
 ) -> Float64[np.ndarray, "n"]:
     row, column, grey = (value - centre[cell] for value, centre in zip(values, centres, strict=True))
     return (row * row + column * column) * compactness**2 + grey * grey
@@ -95,9 +98,7 @@ def _contacts(pieces: Int[np.ndarray, "h w"]) -> dict[int, dict[int, int]]:
     return found
 
 
-def _join_small(
-    areas: list[int], contacts: dict[int, dict[int, int]], area_min_px: int
-) -> Int[np.ndarray, "pieces"]:
+def _join_small(areas: list[int], contacts: dict[int, dict[int, int]], area_min_px: int) -> Int[np.ndarray, "pieces"]:
     """Piece -> the piece that it is part of in the end; the smallest join first."""
     part_of = np.arange(len(areas))
     waiting = [(area, piece) for piece, area in enumerate(areas) if 0 < area < area_min_px]

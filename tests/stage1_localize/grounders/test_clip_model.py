@@ -101,7 +101,9 @@ def test_weights_and_tokenizer_are_pinned(folders: dict[str, Path], tmp_path: Pa
     tensors["visual.head.proj.weight"][0, 0] += 1
     save_file(tensors, changed / "open_clip_model.safetensors")
     assert load(changed).identity["tensors_sha256"] != one["tensors_sha256"]
-    torch.save(load_file(folders["biomedclip"] / "open_clip_model.safetensors"), changed / "open_clip_pytorch_model.bin")
+    torch.save(
+        load_file(folders["biomedclip"] / "open_clip_model.safetensors"), changed / "open_clip_pytorch_model.bin"
+    )
     (changed / "open_clip_model.safetensors").unlink()
     assert load(changed).identity == one  # the same tensors in a torch file, as BiomedCLIP's release has it
 
@@ -126,9 +128,19 @@ def cut(folder: Path) -> None:
     ("name", "harm", "error", "says"),
     [
         ("transformers", lambda f: lacking(f, "config.json"), InputMissingError, "found neither"),
-        ("transformers", lambda f: (f / "config.json").write_text('{"model_type": "bert"}'), IncompatibleError, "'bert'"),
+        (
+            "transformers",
+            lambda f: (f / "config.json").write_text('{"model_type": "bert"}'),
+            IncompatibleError,
+            "'bert'",
+        ),
         ("transformers", lambda f: (f / "config.json").write_text("{"), CorruptError, "not JSON"),
-        ("transformers", lambda f: lacking(f, "preprocessor_config.json"), InputMissingError, "preprocessor_config.json"),
+        (
+            "transformers",
+            lambda f: lacking(f, "preprocessor_config.json"),
+            InputMissingError,
+            "preprocessor_config.json",
+        ),
         ("transformers", lambda f: lacking(f, "model.safetensors"), CorruptError, "cannot be loaded"),
         ("transformers", drop_a_tensor, CorruptError, "lack"),
         ("transformers", cut, CorruptError, "cannot be loaded"),
@@ -154,7 +166,9 @@ def test_a_bad_folder_is_one_line(
     assert str(tmp_path) not in str(caught.value)
 
 
-def test_without_open_clip_its_folder_names_the_extra(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_open_clip_its_folder_names_the_extra(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "open_clip", None)
     with pytest.raises(ConfigError, match="open_clip_torch is not installed") as caught:
         load(folders["biomedclip"])

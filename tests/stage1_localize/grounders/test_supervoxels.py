@@ -23,7 +23,9 @@ def locate(regions: list[Region] = REGIONS, **options: int) -> Detections:
 
 
 def drawn(found: Detections, region: int, text: int = 0) -> np.ndarray:
-    chosen = [p for p, r, t in zip(found.probability, found.region, found.text, strict=True) if (r, t) == (region, text)]
+    chosen = [
+        p for p, r, t in zip(found.probability, found.region, found.text, strict=True) if (r, t) == (region, text)
+    ]
     return np.sum(chosen, axis=0)
 
 
