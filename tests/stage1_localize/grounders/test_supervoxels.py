@@ -65,6 +65,14 @@ def test_words_are_not_read_but_region_and_seed_choose() -> None:
     assert Supervoxels(Supervoxels.Options()).identity()["reads_words"] is False
 
 
+def test_two_images_with_the_same_segments_are_drawn_apart() -> None:
+    one, other = image(), image()
+    other[0, 0, 0] = 1e-4
+    grounder = Supervoxels(Supervoxels.Options())
+    regions = [drawn(found, 0) for found in grounder.locate(Batch([one, other]), REGIONS)]
+    assert not np.array_equal(*regions)
+
+
 @pytest.mark.parametrize("value", [0.0, 0.5])
 def test_a_constant_image_holds_nothing(value: float) -> None:
     grounder = Supervoxels(Supervoxels.Options())
