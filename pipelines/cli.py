@@ -40,6 +40,7 @@ app.command("fit-grounder", cls=settings_help("stage1_localize.fit_config:FitGro
 app.command("run")(stage_commands.run_)
 app.command()(tool_commands.audit)
 app.command()(tool_commands.inspect)
+app.command()(tool_commands.repair)
 app.command()(tool_commands.export)
 app.command()(tool_commands.init)
 app.command("list")(tool_commands.list_)

@@ -99,6 +99,30 @@ def inspect(
         raise DriftError(f"sample {sample!r}: {facts['witness']}", hint="mwm audit PATH --level masks checks them all")
 
 
+def repair(
+    store: Annotated[Path, typer.Argument(help="A damaged region store; it is left as it is.")],
+    images: Annotated[Path, typer.Option(help="What it was made from; images of damaged rows are opened.")],
+    out: Annotated[Path, typer.Option(help="Folder of the new store; the same folder again continues.")],
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="A localize setting that named a file elsewhere; repeatable.")
+    ] = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
+    """Make a whole region store from a damaged one: good rows are copied, damaged ones made again."""
+    from stage1_localize.repair import lines
+    from stage1_localize.repair import repair as run
+
+    refuse_file(store)
+    done = run(store, images=images, out=out, overrides=set_ or (), command=command_told())
+    if as_json:
+        return print_json(done.as_dict())
+    for line in lines(done):
+        typer.echo(line)
+    return None
+
+
 def export(
     artifact: Annotated[
         str, typer.Argument(help="A region store, an encoder or a model, PATH or PATH@sha256:... to pin it.")

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, Int32, UInt8, UInt16
 
-from shared.config import load
-from shared.errors import ConfigError, DecodeError, IncompatibleError, InputMissingError, MwmError
+from shared.config import load, read_yaml
+from shared.errors import ConfigError, DecodeError, IncompatibleError, InputMissingError, MwmError, UsageError
 from shared.images import Image, Source, find_sources, read_image
 from shared.merkle import row_digest
 from shared.region_layout import plan_rows_per_shard
@@ -184,10 +184,9 @@ def differs_by(
 
 
 def _parts_of(store: RegionStore, overrides: Iterable[str]) -> tuple[Parts, LocalizeConfig]:
-    path = store.path / RESOLVED
     spec: dict[str, Any] = store.card.identity.spec
     try:
-        config = resolve(load(LocalizeConfig, path, overrides))
+        config = resolve(load(LocalizeConfig, _recipe_of(store), overrides))
         parts = build_parts(config.grounder, config.segmenter, config.asked())
     except ConfigError:
         raise
@@ -204,6 +203,26 @@ def _parts_of(store: RegionStore, overrides: Iterable[str]) -> tuple[Parts, Loca
             hint="install the release and the weights that made it; 'mwm inspect STORE' names them",
         )
     return parts, config
+
+
+def _recipe_of(store: RegionStore) -> dict[str, Any]:
+    """The settings that the card pins; where files lay, from ``resolved.yaml`` as far as that can be read."""
+    spec: dict[str, Any] = store.card.identity.spec
+    try:
+        told = read_yaml(store.path / RESOLVED)
+    except UsageError:
+        told = {}
+    recipe: dict[str, Any] = {
+        "regions": {region["name"]: list(region["texts"]) for region in spec["regions"]},
+        "grid_px": spec["grid"][0],
+        "micro_batch": spec["numeric"]["micro_batch"],
+    }
+    for role in ("grounder", "segmenter"):
+        there = told.get(role)
+        options = there.get("options") if isinstance(there, dict) else None
+        kept = options if isinstance(options, dict) else {}
+        recipe[role] = {"name": spec[role]["name"], "options": {**kept, **spec[role]["options"]}}
+    return recipe
 
 
 def _difference(key: str, spec: Mapping[str, Any], here: Mapping[str, Any]) -> str:

@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -49,6 +50,16 @@ class Repaired:
     findings: tuple[str, ...] = ()
     recomputed: tuple[str, ...] = ()
     differing: tuple[str, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON."""
+        return {
+            "path": None if self.store is None else str(self.store.path),
+            "artifact_id": None if self.store is None else self.store.card.artifact_id,
+            "findings": list(self.findings),
+            "recomputed": list(self.recomputed),
+            "differing": list(self.differing),
+        }
 
 
 def repair(path: Path, *, images: Path, out: Path, overrides: Iterable[str] = (), command: str = "") -> Repaired:
@@ -254,6 +265,20 @@ def _detections_match(line: SampleRow, boxes: np.ndarray, scores: np.ndarray, re
 
 
 def lines(done: Repaired, shown: int = 5) -> Sequence[str]:
-    """What was wrong, for people."""
-    more = [f"and {len(done.findings) - shown} more"] if len(done.findings) > shown else []
-    return [*done.findings[:shown], *more]
+    """What was wrong and what was done, for people."""
+    if done.store is None:
+        return ["nothing to repair: every byte is what was published"]
+    found = [f"found: {finding}" for finding in done.findings[:shown]]
+    if len(done.findings) > shown:
+        found.append(f"found: and {len(done.findings) - shown} more")
+    card = done.store.card
+    told = "the id that it had" if card.artifact_id == card.provenance.supersedes else "another id than before"
+    if done.differing:
+        told += f"; {len(done.differing)} rows differ from what was published, e.g. {done.differing[0]}"
+    return [
+        *found,
+        f"made: region-store ({len(done.recomputed)} of {len(done.store)} rows made again in this call)",
+        f"where: {done.store.path}",
+        f"digest: sha256:{card.artifact_id} ({told})",
+        f"next: mwm audit {done.store.path}",
+    ]
