@@ -123,6 +123,29 @@ def repair(
     return None
 
 
+def migrate(
+    store: Annotated[Path, typer.Argument(help="A region store of an older version; it is left as it is.")],
+    out: Annotated[Path, typer.Option(help="Folder of the new store; the same folder again continues.")],
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write an older region store anew at this release's version; maps are copied to the bit."""
+    from stage1_localize.repair import migrate as run
+
+    refuse_file(store)
+    made = run(store, out=out, command=command_told())
+    if as_json:
+        return print_json({"path": made and str(made.path), "artifact_id": made and made.card.artifact_id})
+    if made is None:
+        return typer.echo("nothing to migrate: the store is of the current version")
+    typer.echo(f"made: region-store {made.card.identity.kind_version} ({len(made)} rows, maps as they were)")
+    typer.echo(f"where: {made.path}")
+    typer.echo(f"digest: sha256:{made.card.artifact_id} (supersedes {(made.card.provenance.supersedes or '')[:12]})")
+    typer.echo(f"next: mwm audit {quote(str(out))}")
+    return None
+
+
 def export(
     artifact: Annotated[
         str, typer.Argument(help="A region store, an encoder or a model, PATH or PATH@sha256:... to pin it.")

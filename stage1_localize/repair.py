@@ -1,4 +1,4 @@
-"""`repair`: a damaged store and its images in, a new whole store out; the damaged one is left as it is.
+"""`repair` and `migrate`: a damaged or an older store in, a new whole one out; the old one is left as it is.
 
 Rows that are still what was published are copied to the bit; the others are computed again. If all of these come
 out as they were published, the new store has the old one's id.
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from shared.artifact import CARD, Card, file_sha256, publish, read_card, verify
+from shared.artifact import CARD, KIND_VERSIONS, Card, file_sha256, publish, read_card, verify
 from shared.corpus import corpus_id, list_corpus, write_corpus
 from shared.errors import CorruptError, IncompatibleError, InterruptedRun, QuarantineError, UsageError
 from shared.images import find_sources
@@ -44,12 +44,14 @@ class Repaired:
         findings: What was wrong, a line each.
         recomputed: Rows made again.
         differing: Those of them that did not come out as they were published.
+        done_before: It had been repaired by an earlier call.
     """
 
     store: RegionStore | None
     findings: tuple[str, ...] = ()
     recomputed: tuple[str, ...] = ()
     differing: tuple[str, ...] = ()
+    done_before: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON."""
@@ -93,7 +95,7 @@ def repair(path: Path, *, images: Path, out: Path, overrides: Iterable[str] = ()
         spec, inputs = card.identity.spec, list(card.identity.inputs)
         status, _ = begin(out, kind="region-store", inputs=inputs, spec=spec, resolved=resolved)
         if status == "done":
-            return Repaired(open_region_store(out), findings)
+            return Repaired(open_region_store(out), findings, done_before=True)
         with RunLog(out) as log, Signals() as signals:
             work = _Work(damaged, images, out, overrides, log, signals)
             work.fill()
@@ -101,11 +103,56 @@ def repair(path: Path, *, images: Path, out: Path, overrides: Iterable[str] = ()
     return Repaired(open_region_store(out), findings, tuple(work.recomputed), tuple(work.differing))
 
 
+def migrate(path: Path, *, out: Path, command: str = "") -> RegionStore | None:
+    """Write an older store anew at this release's version; the same call again continues.
+
+    Every map and detection is copied to the bit, so that the roots stay; the id changes with the version, and the
+    new card says which one it supersedes.
+
+    Args:
+        path: A whole store of a version that this release reads.
+        out: Folder of the new store.
+        command: Command line for provenance.
+
+    Returns:
+        The new store, or None where the old one is of the current version.
+
+    Raises:
+        CorruptError: The old store is damaged.
+        UsageError, LockedError, InterruptedRun, DiskFullError: As `repair`.
+    """
+    card = read_card(path, "region-store")
+    major, minor = KIND_VERSIONS["region-store"]
+    if card.identity.kind_version == f"{major}.{minor}":
+        return None
+    if out.resolve() == path.resolve():
+        raise UsageError(f"{out}: is the old store itself; artifacts are never edited", hint="name another --out")
+    found = [*verify(path, card), *verify_store(path, card)]
+    if found:
+        raise CorruptError(f"{path.name}: {found[0].file}: {found[0].problem}", hint="mwm repair it first")
+    with Lease(out):
+        spec, inputs = card.identity.spec, list(card.identity.inputs)
+        resolved = (path / RESOLVED).read_text()
+        status, _ = begin(out, kind="region-store", inputs=inputs, spec=spec, resolved=resolved)
+        if status != "done":
+            with RunLog(out) as log, Signals() as signals:
+                work = _Work(RegionStore(path, card), None, out, (), log, signals)
+                work.fill()
+                _finish(work, card, command)
+    return open_region_store(out)
+
+
 class _Work:
     """One call's way through the rows."""
 
     def __init__(
-        self, store: RegionStore, images: Path, out: Path, overrides: Iterable[str], log: RunLog, signals: Signals
+        self,
+        store: RegionStore,
+        images: Path | None,
+        out: Path,
+        overrides: Iterable[str],
+        log: RunLog,
+        signals: Signals,
     ) -> None:
         self.store, self.images, self.out, self.log, self.signals = store, images, out, log, signals
         self.overrides = tuple(overrides)
@@ -155,6 +202,7 @@ class _Work:
         journal.append_maps(row, sample, np.array(maps), np.array(boxes), np.array(scores), np.array(regions))
 
     def _make(self, row: int) -> Made:
+        assert self.images is not None  # else the store was found whole
         if self.again is None:  # models are built only if a row needs them
             self.again = Recomputer(self.store, self.images, self.overrides)
         return self.again.make(row)
@@ -175,7 +223,7 @@ def _finish(work: _Work, card: Card, command: str) -> None:
     for name in (RESOLVED, REPORT):
         if _intact(path, card, name):
             shutil.copyfile(path / name, out / name)
-    if not (out / REPORT).exists():
+    if not (out / REPORT).exists() and work.images is not None:
         from stage1_localize.summary import write_report
 
         prompts = {region["name"]: region["texts"] for region in card.identity.spec["regions"]}
@@ -206,7 +254,7 @@ def _finish(work: _Work, card: Card, command: str) -> None:
     )
 
 
-def _corpus(path: Path, out: Path, card: Card, images: Path) -> None:
+def _corpus(path: Path, out: Path, card: Card, images: Path | None) -> None:
     """The list of images, copied if it is whole, else made again from them."""
     wanted = next(item.artifact_id for item in card.identity.inputs if item.kind == "corpus")
     old, new = path / "corpus", out / "corpus"
@@ -220,6 +268,7 @@ def _corpus(path: Path, out: Path, card: Card, images: Path) -> None:
             shutil.rmtree(new, ignore_errors=True)
             shutil.copytree(old, new)
         return
+    assert images is not None
     rows = list_corpus(find_sources(images.absolute()))
     if corpus_id(rows) != wanted:
         raise CorruptError(
@@ -277,7 +326,9 @@ def lines(done: Repaired, shown: int = 5) -> Sequence[str]:
         told += f"; {len(done.differing)} rows differ from what was published, e.g. {done.differing[0]}"
     return [
         *found,
-        f"made: region-store ({len(done.recomputed)} of {len(done.store)} rows made again in this call)",
+        "already done: region-store"
+        if done.done_before
+        else f"made: region-store ({len(done.recomputed)} of {len(done.store)} rows made again in this call)",
         f"where: {done.store.path}",
         f"digest: sha256:{card.artifact_id} ({told})",
         f"next: mwm audit {done.store.path}",
