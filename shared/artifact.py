@@ -267,13 +267,13 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_atomic(path: Path, data: bytes) -> None:
+def write_atomic(path: Path, data: bytes | Iterable[bytes]) -> None:
     """Write a file so that a reader, or a power cut, sees the old bytes or the new ones."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with full_disk_is_named(path.parent, len(data)):
+    with full_disk_is_named(path.parent, len(data) if isinstance(data, bytes) else 1 << 20):
         try:
             with temporary.open("wb") as file:
-                file.write(data)
+                file.writelines([data] if isinstance(data, bytes) else data)
                 file.flush()
                 os.fsync(file.fileno())
         except OSError:

@@ -9,23 +9,27 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import rfc8785
 
 from shared.artifact import CARD, KIND_VERSIONS, Card, Identity, open_artifact, publish, write_atomic
+from shared.canonical import canonical_json
 from shared.errors import CorruptError, InputMissingError
 from shared.images import Source
 
 SAMPLES = "samples.jsonl"
 _HASHING_THREADS = 4
+_HASHED_AT_ONCE = 4096
+"""Files handed to the threads at a time: a million that wait would cost a gigabyte."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class CorpusRow:
     """One sample of a corpus; its place in the sorted list is its row everywhere downstream."""
 
@@ -41,10 +45,13 @@ def list_corpus(sources: Sequence[Source]) -> list[CorpusRow]:
     Raises:
         InputMissingError: A file vanished since it was listed.
     """
-    names = {source.path: source.sample_id for source in reversed(sources)}
+    names = {str(source.path): source.sample_id for source in reversed(sources)}
+    digests: dict[str, str] = {}
+    files = iter(names.items())
     with ThreadPoolExecutor(_HASHING_THREADS) as pool:
-        digests = dict(zip(names, pool.map(_sha256_of, names.items()), strict=True))
-    rows = (CorpusRow(s.sample_id, digests[s.path], s.slice_index, s.group) for s in sources)
+        while some := list(islice(files, _HASHED_AT_ONCE)):
+            digests |= zip((path for path, _ in some), pool.map(_sha256_of, some), strict=True)
+    rows = (CorpusRow(s.sample_id, digests[str(s.path)], s.slice_index, s.group) for s in sources)
     return sorted(rows, key=lambda row: row.sample_id)
 
 
@@ -66,10 +73,9 @@ def write_corpus(folder: Path, rows: Sequence[CorpusRow], *, command: str = "") 
     if folder.exists() and not (folder / CARD).exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    lines = _lines(rows)
     if not (folder / CARD).exists():
-        write_atomic(folder / SAMPLES, lines)
-    return publish(folder, kind="corpus", inputs=(), spec=_SPEC, outputs=_outputs(lines), command=command)
+        write_atomic(folder / SAMPLES, _lines(rows))
+    return publish(folder, kind="corpus", inputs=(), spec=_SPEC, outputs=_outputs(_lines(rows)), command=command)
 
 
 def open_corpus(reference: str | Path) -> tuple[Card, list[CorpusRow]]:
@@ -84,7 +90,7 @@ def open_corpus(reference: str | Path) -> tuple[Card, list[CorpusRow]]:
         lines = (folder / SAMPLES).read_bytes()
     except FileNotFoundError:
         raise CorruptError(f"{folder / SAMPLES}: missing") from None
-    if _outputs(lines) != card.identity.outputs:
+    if _outputs(lines.splitlines(keepends=True)) != card.identity.outputs:
         raise CorruptError(f"{folder / SAMPLES}: changed since it was published", hint="restore it from a copy")
     rows = []
     for line in lines.splitlines():
@@ -97,30 +103,30 @@ def open_corpus(reference: str | Path) -> tuple[Card, list[CorpusRow]]:
 _SPEC: dict[str, Any] = {"rows": "sorted by sample_id", "ids": "NFC", "digest": "sha256 of the source file"}
 
 
-def _lines(rows: Sequence[CorpusRow]) -> bytes:
-    return b"".join(
-        rfc8785.dumps(
-            {
-                "row": number,
-                "sample_id": row.sample_id,
-                "source_sha256": row.source_sha256,
-                "slice_index": row.slice_index,
-                "group": row.group,
-            }
-        )
-        + b"\n"
-        for number, row in enumerate(rows)
-    )
+def _lines(rows: Sequence[CorpusRow]) -> Iterator[bytes]:
+    for number, row in enumerate(rows):
+        body = {
+            "row": number,
+            "sample_id": row.sample_id,
+            "source_sha256": row.source_sha256,
+            "slice_index": row.slice_index,
+            "group": row.group,
+        }
+        yield canonical_json(body) + b"\n"
 
 
-def _outputs(lines: bytes) -> dict[str, Any]:
-    return {"count": lines.count(b"\n"), "samples_sha256": hashlib.sha256(lines).hexdigest()}
+def _outputs(lines: Iterable[bytes]) -> dict[str, Any]:
+    count, digest = 0, hashlib.sha256()
+    for line in lines:
+        count += line.endswith(b"\n")
+        digest.update(line)
+    return {"count": count, "samples_sha256": digest.hexdigest()}
 
 
-def _sha256_of(named: tuple[Path, str]) -> str:
+def _sha256_of(named: tuple[str, str]) -> str:
     path, sample_id = named
     try:
-        with path.open("rb") as file:
+        with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except FileNotFoundError:
         raise InputMissingError(f"image {sample_id}: vanished while the corpus was listed") from None

@@ -51,7 +51,7 @@ _DICOM = ("", *dicom.SUFFIXES)
 """A file that is read although its name says nothing has the mark of DICOM."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Source:
     """Where one sample comes from.
 
@@ -201,6 +201,7 @@ def _source(path: Path, name: str, group: str | None = None) -> Source:
 
 def _listed(table: Path) -> Iterator[Source]:
     home = table.parent.resolve()
+    inside: set[Path] = set()
     ids: dict[str, int] = {}
     patients: dict[str, tuple[str, int]] = {}
     for number, row in _rows(table):
@@ -217,7 +218,12 @@ def _listed(table: Path) -> Iterator[Source]:
             raise UsageError(f"{where}: {shown} is none of {', '.join(s[1:] for s in SUFFIXES)}")
         if not path.is_file():
             raise InputMissingError(f"{where}: {shown} does not exist")
-        _refuse_escape(path, home, shown)
+        # Of a million files few folders: each is resolved once, and a file only where it is a link itself.
+        if path.is_symlink():
+            _refuse_escape(path, home, shown)
+        elif path.parent not in inside:
+            _refuse_escape(path.parent, home, shown)
+            inside.add(path.parent)
         given = _cell(row, "sample_id", where) or PurePosixPath(image).as_posix()
         first = ids.setdefault(given, number)
         if first != number and suffix in _DICOM:

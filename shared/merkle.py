@@ -7,11 +7,12 @@ power of two below its length. Values count, not their storage: little-endian, C
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import rfc8785
+
+from shared.canonical import canonical_json
 
 
 def row_digest(array: np.ndarray[Any, Any]) -> bytes:
@@ -26,43 +27,66 @@ def row_digest(array: np.ndarray[Any, Any]) -> bytes:
     return hashlib.sha256(_values(array)).digest()
 
 
-def merkle_root(entries: Sequence[bytes]) -> str:
-    """Merkle tree hash (hex) of a list of entries, RFC 6962 section 2.1.
+class MerkleTree:
+    """Merkle tree hash of a list of entries, RFC 6962 section 2.1, as they come: it keeps a digest a level.
 
     Args:
-        entries: In order; may be empty.
+        entries: The first ones, in order; may be empty.
 
-    Returns:
-        The root; of no entries, the sha256 of nothing.
+    Attributes:
+        count: Entries so far.
+    """
+
+    def __init__(self, entries: Iterable[bytes] = ()) -> None:
+        self.count = 0
+        self._whole: list[tuple[int, bytes]] = []
+        """Height and digest of the complete subtrees, from the left: each is higher than the next."""
+        for entry in entries:
+            self.add(entry)
+
+    def add(self, entry: bytes) -> None:
+        """Append an entry."""
+        node, height = hashlib.sha256(b"\x00" + entry).digest(), 0
+        while self._whole and self._whole[-1][0] == height:
+            node, height = hashlib.sha256(b"\x01" + self._whole.pop()[1] + node).digest(), height + 1
+        self._whole.append((height, node))
+        self.count += 1
+
+    def root(self) -> str:
+        """The root (hex) over the entries so far; of none, the sha256 of nothing."""
+        if not self._whole:
+            return hashlib.sha256().hexdigest()
+        root = self._whole[-1][1]
+        for _, left in reversed(self._whole[:-1]):
+            root = hashlib.sha256(b"\x01" + left + root).digest()
+        return root.hex()
+
+
+def merkle_root(entries: Iterable[bytes]) -> str:
+    """Root (hex) of the tree of these entries.
 
     >>> merkle_root([])[:16]
     'e3b0c44298fc1c14'
     """
-    level = [hashlib.sha256(b"\x00" + entry).digest() for entry in entries]
-    if not level:
-        return hashlib.sha256().hexdigest()
-    while len(level) > 1:
-        # Pairing neighbours and carrying an odd last one up builds the tree of the RFC's recursive split.
-        paired = [hashlib.sha256(b"\x01" + level[i] + level[i + 1]).digest() for i in range(0, len(level) - 1, 2)]
-        level = paired + level[len(paired) * 2 :]
-    return level[0].hex()
+    return MerkleTree(entries).root()
 
 
-def array_root(dtype: str, shape: Sequence[int], row_digests: Sequence[bytes]) -> str:
+def array_root(dtype: str, shape: Sequence[int], row_digests: Iterable[bytes] | MerkleTree) -> str:
     """Digest (hex) of an array: sha256 of the RFC 8785 JSON of its dtype, shape and Merkle root.
 
     Args:
         dtype: Name without byte order, e.g. ``"uint8"``.
         shape: The array's; the first axis has one digest a row.
-        row_digests: `row_digest` of every row.
+        row_digests: `row_digest` of every row, or the tree of them.
 
     Raises:
         ValueError: The number of digests is not the number of rows.
     """
-    if not shape or shape[0] != len(row_digests):
-        raise ValueError(f"{len(row_digests)} row digests for an array of shape {tuple(shape)}")
-    body: dict[str, Any] = {"dtype": dtype, "shape": [int(size) for size in shape], "root": merkle_root(row_digests)}
-    return hashlib.sha256(rfc8785.dumps(body)).hexdigest()
+    tree = row_digests if isinstance(row_digests, MerkleTree) else MerkleTree(row_digests)
+    if not shape or shape[0] != tree.count:
+        raise ValueError(f"{tree.count} row digests for an array of shape {tuple(shape)}")
+    body: dict[str, Any] = {"dtype": dtype, "shape": [int(size) for size in shape], "root": tree.root()}
+    return hashlib.sha256(canonical_json(body)).hexdigest()
 
 
 def tensor_digest(tensors: Mapping[str, Any]) -> str:
@@ -78,7 +102,7 @@ def tensor_digest(tensors: Mapping[str, Any]) -> str:
     for name in sorted(tensors):
         array = np.asarray(tensors[name])
         about: dict[str, Any] = {"name": name, "dtype": array.dtype.name, "shape": [int(size) for size in array.shape]}
-        head = rfc8785.dumps(about)
+        head = canonical_json(about)
         values = _values(array)
         total.update(len(head).to_bytes(8, "little") + head)
         total.update(values)

@@ -159,9 +159,13 @@ class ShardJournal:
 
     def entries(self) -> Iterator[Entry]:
         """Finished rows in row order, read back from the file."""
+        return map(Entry.unpack, self.payloads())
+
+    def payloads(self) -> Iterator[bytes]:
+        """Finished rows in row order, each a packed `Entry`, read back from the file."""
         for row in sorted(self._places):
             start, length = self._places[row]
-            yield Entry.unpack(os.pread(self._file.fileno(), length, start))
+            yield os.pread(self._file.fileno(), length, start)
 
     def sync(self) -> None:
         """Make what was appended durable."""

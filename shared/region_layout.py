@@ -5,16 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import rfc8785
 from jaxtyping import Float, Float32, Int32, UInt8, UInt16
 
-from shared.errors import CorruptError, UsageError
+from shared.canonical import canonical_json
+from shared.errors import UsageError
 
 ARRAYS = "regions.zarr"
 SAMPLES = "samples.jsonl"
@@ -67,7 +66,7 @@ class SampleRow:
         body = dict(vars(self))
         body["shape"] = None if self.shape is None else list(self.shape)
         body["spacing_mm"] = None if self.spacing_mm is None else [repr(float(value)) for value in self.spacing_mm]
-        return rfc8785.dumps(body)
+        return canonical_json(body)
 
     @staticmethod
     def from_line(line: bytes) -> SampleRow:
@@ -147,7 +146,7 @@ class Layout:
 
     def to_json(self) -> bytes:
         """RFC 8785 JSON."""
-        return rfc8785.dumps({**vars(self), "regions": list(self.regions), "grid": list(self.grid)})
+        return canonical_json({**vars(self), "regions": list(self.regions), "grid": list(self.grid)})
 
     @staticmethod
     def from_json(data: bytes) -> Layout:
@@ -171,9 +170,13 @@ def plan_rows_per_shard(samples: int, regions: int, grid: tuple[int, ...]) -> in
     return max(1, min(SHARD_ROWS_MAX, SHARD_BYTES_MAX // row_bytes, samples // SHARDS_MIN))
 
 
-def sample_ids_sha256(sample_ids: Sequence[str]) -> str:
-    """Digest (hex) of the ids in row order."""
-    return hashlib.sha256(rfc8785.dumps(list(sample_ids))).hexdigest()
+def sample_ids_sha256(sample_ids: Iterable[str]) -> str:
+    """Digest (hex) of the ids in row order, as one RFC 8785 list."""
+    digest = hashlib.sha256(b"[")
+    for number, sample_id in enumerate(sample_ids):
+        digest.update((b"," if number else b"") + canonical_json(sample_id))
+    digest.update(b"]")
+    return digest.hexdigest()
 
 
 def encode_probability(probability: Float[np.ndarray, "..."]) -> UInt8[np.ndarray, "..."]:
@@ -239,30 +242,3 @@ def quarter(maps: UInt8[np.ndarray, "K *grid"]) -> UInt8[np.ndarray, "K *cells"]
     split = maps.reshape(maps.shape[0], *(part for size in maps.shape[1:] for part in (size // QUARTER, QUARTER)))
     total = split.sum(axis=tuple(range(2, split.ndim, 2)), dtype=np.uint32)
     return ((total + cells // 2) // cells).astype(np.uint8)
-
-
-def read_samples(path: Path, count: int, sha256: str) -> list[SampleRow]:
-    """Lines of ``samples.jsonl``, checked against the card.
-
-    Raises:
-        CorruptError: Missing, or not what was published; names the line where that is known.
-    """
-    samples: list[SampleRow] = []
-    digest = hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            while line := file.readline(LINE_BYTES_MAX + 1):
-                digest.update(line)
-                if len(samples) == count:
-                    raise ValueError(f"expected {count} lines only")
-                samples.append(SampleRow.from_line(line))
-    except FileNotFoundError:
-        raise CorruptError(f"{path.name}: missing", hint=RESTORE) from None
-    except (ValueError, TypeError) as error:
-        raise CorruptError(f"{path.name} line {len(samples) + 1}: {error}", hint=RESTORE) from None
-    if digest.hexdigest() != sha256 or len(samples) != count:
-        raise CorruptError(f"{path.name}: changed since it was published", hint=RESTORE)
-    ids = [sample.sample_id for sample in samples]
-    if [sample.row for sample in samples] != list(range(count)) or ids != sorted(set(ids)):
-        raise CorruptError(f"{path.name}: line i is not row i, or ids are not ascending", hint=RESTORE)
-    return samples

@@ -8,17 +8,19 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from io import FileIO
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
-import rfc8785
 from jaxtyping import Int32, UInt16
 
+from shared.canonical import canonical_json
 from shared.merkle import tensor_digest
 from shared.region_layout import Layout, SampleRow
 from shared.region_shards import crc32c
 
 _LENGTH = struct.Struct("<I")
+_SIZES_BYTES = 16
 FRAME_BYTES = 8
 """Length and crc32c in front of a payload."""
 
@@ -68,7 +70,7 @@ class Entry:
     def pack(self, *, with_maps: bool) -> bytes:
         """As a payload; `unpack` inverts it."""
         parts = [
-            rfc8785.dumps({"line": self.line.to_line().decode(), "quarantine": self.quarantine}),
+            canonical_json({"line": self.line.to_line().decode(), "quarantine": self.quarantine}),
             self.maps if with_maps else b"",
             self.quarter if with_maps else b"",
             self.detections,
@@ -78,11 +80,22 @@ class Entry:
     @staticmethod
     def unpack(payload: bytes) -> Entry:
         """Inverse of `pack`."""
-        sizes = struct.unpack_from("<4I", payload)
-        ends = np.cumsum([16, *sizes]).tolist()
-        head, maps, quarter_, detections = (payload[ends[part] : ends[part + 1]] for part in range(4))
+        head, maps, quarter_, detections = split(payload)
         body = json.loads(head)
         return Entry(SampleRow.from_line(body["line"].encode()), body["quarantine"], maps, quarter_, detections)
+
+
+def split(payload: bytes) -> tuple[bytes, bytes, bytes, bytes]:
+    """The parts of a packed entry, unparsed: line and quarantine, maps, quarter level, detections."""
+    sizes = struct.unpack_from("<4I", payload)
+    first, second, third, fourth = (_SIZES_BYTES + end for end in accumulate(sizes))
+    return payload[_SIZES_BYTES:first], payload[first:second], payload[second:third], payload[third:fourth]
+
+
+def without_maps(payload: bytes) -> bytes:
+    """A packed entry as ``pack(with_maps=False)`` gives it."""
+    head, _, _, detections = split(payload)
+    return struct.pack("<4I", len(head), 0, 0, len(detections)) + head + detections
 
 
 def detections_digest(

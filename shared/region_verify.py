@@ -14,8 +14,9 @@ from shared.artifact import Card, Finding, file_sha256
 from shared.errors import CorruptError, IncompatibleError
 from shared.merkle import array_root, merkle_root, row_digest
 from shared.region_arrays import DETECTIONS, ShardedArray, check_metadata, expected_files, read_detections
-from shared.region_layout import ARRAYS, QUARANTINE, QUARTER, SAMPLES, SampleRow, quarter, read_samples
+from shared.region_layout import ARRAYS, QUARANTINE, QUARTER, SAMPLES, SampleRow, quarter
 from shared.region_record import detections_digest
+from shared.region_samples import SampleTable
 from shared.region_shards import IndexDamage, ShardDamage
 
 _MAPS = ("maps", "maps_quarter")
@@ -57,7 +58,7 @@ def verify_store(path: Path, card: Card, rows: int | Sequence[int] | None = None
     if not (path / QUARANTINE).is_file() or file_sha256(path / QUARANTINE) != quarantine_sha256:
         found.append(Finding(QUARANTINE, "missing, or changed since it was published"))
     try:
-        samples = read_samples(path / SAMPLES, count, lines_sha256)
+        samples = SampleTable(path / SAMPLES, count, lines_sha256)
         digests = [bytes.fromhex(sample.maps_digest) for sample in samples]
         boxes = [bytes.fromhex(sample.detections_digest) for sample in samples]
     except (CorruptError, ValueError, TypeError) as error:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,8 +29,9 @@ import numpy as np
 import rfc8785
 
 from shared.artifact import file_sha256, fsync_folder, full_disk_is_named, write_atomic
+from shared.canonical import canonical_json
 from shared.errors import CorruptError, SpecMismatchError, UsageError
-from shared.merkle import array_root, merkle_root, row_digest
+from shared.merkle import MerkleTree, array_root, row_digest
 from shared.region_arrays import ShardedArray, create_arrays, create_detections, shard_path
 from shared.region_journal import (
     JOURNAL,
@@ -40,7 +42,7 @@ from shared.region_journal import (
     read_done,
 )
 from shared.region_layout import ARRAYS, QUARANTINE, SAMPLES, Layout, plan_rows_per_shard, sample_ids_sha256
-from shared.region_record import Entry, Sample, frame
+from shared.region_record import Entry, Sample, frame, split, without_maps
 from shared.region_shards import write_shard
 
 __all__ = [
@@ -134,11 +136,11 @@ def assemble_shard(journal: ShardJournal) -> ShardDone:
             )
         arrays, per_shard = journal.folder / ARRAYS, journal.layout.rows_per_shard
         with full_disk_is_named(journal.folder, journal.path.stat().st_size):
-            for name, of in (("maps", lambda entry: entry.maps), ("maps_quarter", lambda entry: entry.quarter)):
+            for name, part in (("maps", 1), ("maps_quarter", 2)):
                 path = shard_path(arrays / name, journal.shard, len(journal.layout.maps_shape))
-                write_shard(path, (of(entry) for entry in journal.entries()), per_shard)
+                write_shard(path, (split(payload)[part] for payload in journal.payloads()), per_shard)
                 fsync_folder(path.parent)
-            records = b"".join(frame(entry.pack(with_maps=False)) for entry in journal.entries())
+            records = b"".join(frame(without_maps(payload)) for payload in journal.payloads())
             write_atomic(journal.done_path, records)
     journal.discard()
     entries = read_done(journal.done_path, journal.layout, journal.shard)
@@ -219,27 +221,34 @@ def _digested(
 
 def _write_tables(folder: Path, layout: Layout, rows: Iterator[tuple[Entry, np.ndarray[Any, Any]]]) -> dict[str, Any]:
     """Lines, detections and roots from one pass over all rows."""
-    ids, maps_digests, detections_digests, detections = [], [], [], []
+    # Of every row a number and its detections' 20 bytes each stay in memory, digests only as roots.
+    offsets, found = array("q", [0]), (bytearray(), bytearray(), bytearray())
+    maps_tree, detections_tree = MerkleTree(), MerkleTree()
     empty = np.zeros(len(layout.regions), np.int64)
     reasons: Counter[str] = Counter()
     samples, quarantine = folder / SAMPLES, folder / QUARANTINE
     with _replacing(samples) as sample_lines, _replacing(quarantine) as quarantine_lines:
-        for entry, is_empty in rows:
-            sample_lines.write(entry.line.to_line() + b"\n")
-            if entry.quarantine is not None:
-                reasons[entry.quarantine["reason"]] += 1
-                body = {"sample_id": entry.line.sample_id, **entry.quarantine}
-                quarantine_lines.write(rfc8785.dumps(body) + b"\n")
-            empty += is_empty
-            ids.append(entry.line.sample_id)
-            maps_digests.append(bytes.fromhex(entry.line.maps_digest))
-            detections_digests.append(bytes.fromhex(entry.line.detections_digest))
-            detections.append(entry.boxes())
-    if sample_ids_sha256(ids) != layout.ids_sha256:
+
+        def written() -> Iterator[str]:
+            for entry, is_empty in rows:
+                sample_lines.write(entry.line.to_line() + b"\n")
+                if entry.quarantine is not None:
+                    reasons[entry.quarantine["reason"]] += 1
+                    body = {"sample_id": entry.line.sample_id, **entry.quarantine}
+                    quarantine_lines.write(canonical_json(body) + b"\n")
+                np.add(empty, is_empty, out=empty)
+                maps_tree.add(bytes.fromhex(entry.line.maps_digest))
+                detections_tree.add(bytes.fromhex(entry.line.detections_digest))
+                for kept, part in zip(found, entry.boxes(), strict=True):
+                    kept += part.tobytes()
+                offsets.append(len(found[1]) // 2)
+                yield entry.line.sample_id
+
+        ids_sha256 = sample_ids_sha256(written())
+    if ids_sha256 != layout.ids_sha256:
         raise CorruptError(f"{folder}: rows carry other sample ids than the store was created for")
-    offsets = np.cumsum([0, *(len(scores) for _, scores, _ in detections)], dtype=np.int64)
-    boxes, scores, regions = (np.concatenate(parts) for parts in zip(*detections, strict=True))
-    create_detections(folder / ARRAYS, boxes, scores, regions, offsets)
+    boxes, scores, regions = (np.frombuffer(kept, kind) for kept, kind in zip(found, ("<i4", "<u2", "<u2"), strict=True))
+    create_detections(folder / ARRAYS, boxes.reshape(-1, 4), scores, regions, np.frombuffer(offsets, np.int64))
     _sync_tree(folder / ARRAYS)
     fsync_folder(folder)
     return {
@@ -250,8 +259,8 @@ def _write_tables(folder: Path, layout: Layout, rows: Iterator[tuple[Entry, np.n
         "regions": [{"name": name, "empty": int(count)} for name, count in zip(layout.regions, empty, strict=True)],
         "grid": list(layout.grid),
         "detections": len(scores),
-        "maps_root": array_root("uint8", (layout.samples, *layout.maps_shape), maps_digests),
-        "detections_root": merkle_root(detections_digests),
+        "maps_root": array_root("uint8", (layout.samples, *layout.maps_shape), maps_tree),
+        "detections_root": detections_tree.root(),
         "samples_sha256": file_sha256(samples),
         "quarantine_sha256": file_sha256(quarantine),
     }

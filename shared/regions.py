@@ -31,8 +31,8 @@ from shared.region_layout import (
     encode_boxes,
     encode_probability,
     encode_scores,
-    read_samples,
 )
+from shared.region_samples import SampleTable
 from shared.region_verify import verify_store
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class RegionStore:
         card: Its card.
         regions: The K region names, in map order.
         grid: Size of a map in map pixels, (H, W) or (D, H, W).
-        samples: One `SampleRow` a row.
+        samples: One `SampleRow` a row, read from disk when asked for.
 
     Raises:
         CorruptError: The list of samples is not what was published.
@@ -79,8 +79,7 @@ class RegionStore:
         self.card = card
         self.regions: tuple[str, ...] = tuple(region["name"] for region in outputs["regions"])
         self.grid: tuple[int, ...] = tuple(outputs["grid"])
-        self.samples = read_samples(path / SAMPLES, int(outputs["samples"]), outputs["samples_sha256"])
-        self._rows = {sample.sample_id: sample.row for sample in self.samples}
+        self.samples = SampleTable(path / SAMPLES, int(outputs["samples"]), outputs["samples_sha256"])
         self._known = np.zeros(len(self.samples), np.uint64)
         """Of each row whose digest was found right: its chunk's crc32c, and a bit that says so."""
 
@@ -99,7 +98,7 @@ class RegionStore:
     @property
     def sample_ids(self) -> list[str]:
         """Ids in row order."""
-        return [sample.sample_id for sample in self.samples]
+        return list(self.samples.ids())
 
     def row(self, sample_id: str) -> int:
         """Row of a sample.
@@ -107,10 +106,10 @@ class RegionStore:
         Raises:
             UsageError: The store has no such sample.
         """
-        try:
-            return self._rows[sample_id]
-        except KeyError:
-            raise UsageError(f"sample {sample_id!r}: not in region store {self.path.name}") from None
+        row = self.samples.row(sample_id)
+        if row is None:
+            raise UsageError(f"sample {sample_id!r}: not in region store {self.path.name}")
+        return row
 
     @overload
     def maps(self, rows: str) -> Float32[np.ndarray, "K *grid"]: ...
@@ -141,13 +140,13 @@ class RegionStore:
         out = self._read(self._maps, rows, checksums)
         known = checksums | _KNOWN
         for place in np.flatnonzero(self._known[rows] != known).tolist():
-            sample = self.samples[rows[place]]
-            if row_digest(out[place]).hex() != sample.maps_digest:
+            row = rows[place]
+            if row_digest(out[place]) != self.samples.maps_digest(row):
                 raise CorruptError(
-                    f"row {sample.row} ({sample.sample_id}): its region maps are not those that were published",
+                    f"row {row} ({self.samples[row].sample_id}): its region maps are not those that were published",
                     hint="mwm audit names what changed; restore the region store from a copy, or localize again",
                 )
-            self._known[sample.row] = known[place]
+            self._known[row] = known[place]
         return out
 
     def maps_quarter(self, rows: Sequence[int]) -> UInt8[np.ndarray, "n K *cells"]:

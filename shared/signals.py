@@ -28,13 +28,17 @@ class Signals:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before = {}
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._give_back(number)
 
     def _catch(self, number: int, frame: FrameType | None) -> None:
         self.caught = signal.Signals(number).name
-        signal.signal(number, self._before.pop(number))
+        self._give_back(number)
+
+    def _give_back(self, number: int) -> None:
+        # A second signal may be handled in the middle of the first: then there is nothing left to give back.
+        if (handler := self._before.pop(number, self)) is not self:
+            signal.signal(number, handler)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ they complete.
 from __future__ import annotations
 
 import logging
+import os
 import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,29 +17,35 @@ from pathlib import Path
 from typing import Any, Literal
 
 from shared.errors import InputMissingError, InterruptedRun, UsageError
-from stage1_localize.shard import ShardTask, Standstill, run_shard
+from stage1_localize.shard import ShardTask, Standstill, excuse, run_shard, stop_asked
 
 CONNECT_S = 30
 """How long to wait for a scheduler to answer, in seconds."""
 
 _POLL_S = 0.5
 _WINDOW = 2
+_AT_WORK: dict[str, ShardTask] = {}
+"""In a worker's process: its address -> its shard."""
 
 
 def run_on_dask(
-    tasks: Sequence[ShardTask],
+    tasks: Iterable[ShardTask],
     *,
+    count: int,
     workers: int | Literal["auto"],
     scheduler: str | None,
+    on_gpus: bool = False,
     poll: Callable[[list[int]], bool],
     say: Callable[[str], None] = lambda text: None,
 ) -> Iterator[dict[str, Any]]:
     """Run tasks and yield what they return, in the order of completion.
 
     Args:
-        tasks: One a shard.
-        workers: Processes of the local cluster; ``auto``: one a core. Unused with ``scheduler``.
+        tasks: One a shard; taken as there is room for them.
+        count: How many there are.
+        workers: Processes of the local cluster; ``auto``: one a core, or a GPU. Unused with ``scheduler``.
         scheduler: Address or scheduler file of a running cluster, or None.
+        on_gpus: Parts compute on cuda: each process of the local cluster sees one GPU only.
         poll: Called twice a second with the shards in flight; False: submit no more. May raise to end the run.
         say: Told once that there is no worker, which may be so until one joins.
 
@@ -48,32 +55,58 @@ def run_on_dask(
         InterruptedRun: Workers die before they reach an image, or the scheduler is gone.
         Exception: What a task raised.
     """
-    with _connected(workers, scheduler, len(tasks)) as client, client.as_current():
-        waiting = deque(tasks)
+    with _connected(workers, on_gpus, scheduler, count) as client, client.as_current():
+        waiting, again = iter(tasks), deque[ShardTask]()
         running: dict[Any, ShardTask] = {}
         standstill = Standstill()
-        alone = False
-        while waiting or running:
+        alone = stopping = False
+        pending = True
+        while pending or running:
             with _scheduler_is_there():
                 threads = _threads(client.nthreads())
                 if not threads and not alone:
                     say("the Dask scheduler has no worker: waiting until one joins")
                     alone = True
                 window = max(1, _WINDOW * threads)
-                while waiting and len(running) < window:
-                    task = waiting.popleft()
-                    running[client.submit(run_shard, task, pure=False)] = task
+                while pending and len(running) < window:
+                    task = again.popleft() if again else next(waiting, None)
+                    if task is None:
+                        pending = False
+                        break
+                    running[client.submit(run_on_worker, task, pure=False)] = task
                 done = _ended(running)
             for future in done:
                 task = running.pop(future)
                 result = _result(future, task, standstill)
                 future.release()
-                if result is None:
-                    waiting.appendleft(task)
+                if result is None or result["status"] == "left":
+                    again.append(task)
+                    pending = not stopping
                 else:
                     yield result
             if not poll([task.shard for task in running.values()]):
-                waiting.clear()
+                pending, stopping = False, True
+
+
+def run_on_worker(task: ShardTask) -> dict[str, Any]:
+    """`run_shard` in a Dask worker, which may be told to go: then it ends with its micro-batch.
+
+    Returns:
+        What `run_shard` does; ``status`` ``left``: the worker goes, and the shard waits for another.
+    """
+    import distributed
+
+    worker = distributed.get_worker()
+    _AT_WORK[worker.address] = task
+    try:
+        result = run_shard(task, stopped=lambda: _is_leaving(worker) or stop_asked(task))
+    finally:
+        del _AT_WORK[worker.address]
+    return {**result, "status": "left"} if result["status"] == "stopped" and not stop_asked(task) else result
+
+
+def _is_leaving(worker: Any) -> bool:
+    return worker.status.name not in ("running", "paused")
 
 
 def _threads(workers: Mapping[str, int]) -> int:
@@ -134,7 +167,7 @@ def _result(future: Any, task: ShardTask, standstill: Standstill) -> dict[str, A
 
 
 @contextmanager
-def _connected(workers: int | Literal["auto"], scheduler: str | None, tasks: int) -> Iterator[Any]:
+def _connected(workers: int | Literal["auto"], on_gpus: bool, scheduler: str | None, tasks: int) -> Iterator[Any]:
     import dask
     import distributed
 
@@ -148,11 +181,13 @@ def _connected(workers: int | Literal["auto"], scheduler: str | None, tasks: int
                 hint="give an address such as tcp://HOST:8786, or a scheduler file",
             ) from None
         with _hushed("distributed.client"), client:
+            client.register_plugin(_manners())
             yield client
         return
     from dask.system import CPU_COUNT
 
-    count = min(CPU_COUNT if workers == "auto" else workers, tasks)
+    gpus = visible_gpus() if on_gpus else []
+    count = min((len(gpus) or CPU_COUNT) if workers == "auto" else workers, tasks)
     settings = {"distributed.worker.daemon": True, "distributed.worker.multiprocessing-method": "spawn"}
     with dask.config.set(settings):
         cluster = distributed.LocalCluster(
@@ -164,7 +199,7 @@ def _connected(workers: int | Literal["auto"], scheduler: str | None, tasks: int
             silence_logs=logging.CRITICAL,
         )
         with cluster, distributed.Client(cluster, set_as_default=False) as client:
-            client.register_plugin(_leave_signals_to_main())
+            client.register_plugin(_manners(gpus))
             yield client
 
 
@@ -180,16 +215,41 @@ def _hushed(name: str) -> Iterator[None]:
         logger.setLevel(before)
 
 
-def _leave_signals_to_main() -> Any:
-    """A plugin for local workers: an interrupt of the whole process group is for the main process to answer.
+def _manners(gpus: Sequence[str] = ()) -> Any:
+    """A plugin for workers: what they do about signals, about being told to go, and which GPU is theirs.
 
-    Nannies end a worker that ignores SIGTERM by SIGKILL.
+    A nanny answers SIGTERM (a batch system's notice before it takes the machine) by telling its worker to go, and
+    kills it some seconds later. The worker itself must survive the signal, which may have been sent to all processes:
+    a death without a word would count against the images at hand. So must a local one survive an interrupt of the
+    whole process group, which is for the main process to answer.
+
+    Args:
+        gpus: Of a local cluster, as CUDA_VISIBLE_DEVICES names them: the first worker gets the first, and so on.
     """
     import distributed
 
-    class LeaveSignals(distributed.WorkerPlugin):
-        def setup(self, worker: Any) -> None:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    class Manners(distributed.WorkerPlugin):
+        name = "mask-what-matters"
 
-    return LeaveSignals()
+        def setup(self, worker: Any) -> None:
+            if worker.nanny:
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            if gpus:
+                os.environ["CUDA_VISIBLE_DEVICES"] = gpus[worker.name % len(gpus)]
+
+        def teardown(self, worker: Any) -> None:
+            if (task := _AT_WORK.get(worker.address)) is not None:
+                excuse(task)
+
+    return Manners()
+
+
+def visible_gpus() -> list[str]:
+    """GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return [name.strip() for name in named.split(",") if name.strip()]
+    import torch
+
+    return [str(number) for number in range(torch.cuda.device_count())]

@@ -139,17 +139,20 @@ class _Run:
         self.token = secrets.token_hex(8)
         self.layout = self._create()
         self.counts: dict[int, tuple[int, int]] = {}
+        self.done = self.quarantined = 0
+        """Sums of ``counts``, kept beside them: at a hundred million images there are a hundred thousand shards."""
         self.signals = Signals()
         self.stop_at: float | None = None
 
     def compute(self, scheduler: str | None) -> None:
         """Bring every shard to its end."""
         pending = pending_shards(self.out)
+        unfinished = set(pending)
         for shard in range(self.layout.shards):
             state = read_state(self.out, shard)
             rows = len(self.layout.rows(shard))
-            self.counts[shard] = (state.done if shard in pending else rows, state.quarantined)
-        kept = sum(done for done, _ in self.counts.values())
+            self._count(shard, state.done if shard in unfinished else rows, state.quarantined)
+        kept = self.done
         if kept:
             self.log.info(f"continuing: {kept} of {self.layout.samples} images are done")
         if not pending:
@@ -158,9 +161,9 @@ class _Run:
         (self.out / STOP).unlink(missing_ok=True)
         self.kept, self.started = kept, time.monotonic()
         try:
-            for result in self._results([self._task(shard) for shard in pending], scheduler):
+            for result in self._results(pending, scheduler):
                 if result["status"] == "done":
-                    self.counts[result["shard"]] = (result["rows"], result["quarantined"])
+                    self._count(result["shard"], result["rows"], result["quarantined"])
             self._stop_if_asked()
         except (Exception, KeyboardInterrupt):
             for shard in pending:
@@ -230,9 +233,10 @@ class _Run:
             micro_batch=self.config.micro_batch,
         )
 
-    def _results(self, tasks: Sequence[ShardTask], scheduler: str | None) -> Iterator[dict[str, Any]]:
+    def _results(self, pending: Sequence[int], scheduler: str | None) -> Iterator[dict[str, Any]]:
+        tasks = map(self._task, pending)  # one by one: each holds a thousand sources
         if scheduler is None and self.config.workers == 0:
-            states = [read_state(self.out, task.shard) for task in tasks]
+            states = (read_state(self.out, shard) for shard in pending)
             if any(state.trying or state.alone for state in states):
                 from stage1_localize.isolate import run_isolated
 
@@ -245,8 +249,15 @@ class _Run:
         else:
             from stage1_localize.cluster import run_on_dask
 
-            workers = self.config.workers
-            yield from run_on_dask(tasks, workers=workers, scheduler=scheduler, poll=self._poll, say=self.log.info)
+            yield from run_on_dask(
+                tasks,
+                workers=self.config.workers,
+                count=len(pending),
+                scheduler=scheduler,
+                on_gpus=any(part.options.get("device") == "cuda" for part in (self.grounder, self.segmenter)),
+                poll=self._poll,
+                say=self.log.info,
+            )
 
     def _poll(self, running: Sequence[int]) -> bool:
         """Look at the shards in flight; False once the run has been asked to stop."""
@@ -264,11 +275,16 @@ class _Run:
         for shard in running:
             state = read_state(self.out, shard)
             if state.token == self.token:
-                self.counts[shard] = (state.done, state.quarantined)
-        done = sum(done for done, _ in self.counts.values())
-        rate = (done - self.kept) / max(time.monotonic() - self.started, 1e-9)
-        self.log.progress(done, self.layout.samples, "image", img_per_s=rate)
-        self._refuse_failures(sum(quarantined for _, quarantined in self.counts.values()))
+                self._count(shard, state.done, state.quarantined)
+        rate = (self.done - self.kept) / max(time.monotonic() - self.started, 1e-9)
+        self.log.progress(self.done, self.layout.samples, "image", img_per_s=rate)
+        self._refuse_failures(self.quarantined)
+
+    def _count(self, shard: int, done: int, quarantined: int) -> None:
+        before = self.counts.get(shard, (0, 0))
+        self.counts[shard] = done, quarantined
+        self.done += done - before[0]
+        self.quarantined += quarantined - before[1]
 
     def _refuse_failures(self, count: int) -> None:
         allowed = self.config.failures_allowed(self.layout.samples)
@@ -288,8 +304,7 @@ class _Run:
 
     def _stop_if_asked(self) -> None:
         if self.signals.caught is not None:
-            done = sum(done for done, _ in self.counts.values())
             raise InterruptedRun(
-                f"{self.out.name}: {self.signals.caught} after {done} of {self.layout.samples} images; they are kept",
+                f"{self.out.name}: {self.signals.caught} after {self.done} of {self.layout.samples} images; they are kept",
                 hint="run the same command: it continues",
             )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -109,7 +110,7 @@ def run_shard(
     with _opened(task) as journal:
         if not journal.assembled:
             try:
-                work = _Work(task, journal)
+                work = _Work(task, journal, stopped)
                 while (batch := work.next_batch()) is not None:
                     if stopped():
                         return {"shard": task.shard, "status": "stopped"}
@@ -142,6 +143,13 @@ def forget_trials(folder: Path, shard: int) -> None:
         path.unlink(missing_ok=True)
 
 
+def excuse(task: ShardTask) -> None:
+    """Of a worker that has been told to go and may be killed in the middle of an image: no image was its death."""
+    path, state = _state_path(Path(task.folder), task.shard), read_state(Path(task.folder), task.shard)
+    if state.trying:
+        _replace_state(path, replace(state, trying=[]))
+
+
 class Standstill:
     """Tells deaths that narrow down an image, and so move the state, from deaths before any image is reached."""
 
@@ -167,8 +175,9 @@ class Standstill:
 class _Work:
     """A shard being worked on: its open journal, its state, its parts (built when first needed)."""
 
-    def __init__(self, task: ShardTask, journal: ShardJournal) -> None:
+    def __init__(self, task: ShardTask, journal: ShardJournal, stopped: Callable[[], bool]) -> None:
         self.task = task
+        self.stopped = stopped
         self.journal = journal
         self.folder = Path(task.folder)
         self.start = journal.rows.start
@@ -190,7 +199,8 @@ class _Work:
         self._parts()  # before any row is being tried: a model that does not fit is no image's fault
         wanted = [row for row in batch if row in self.missing]
         if self.state.alone:
-            self._try_alone(batch, [row for row in wanted if row not in self.state.cleared])
+            if not self._try_alone(batch, [row for row in wanted if row not in self.state.cleared]):
+                return
             wanted = [row for row in wanted if row in self.missing]
         self._save(trying=wanted)
         for row, result in self._compute(batch, [row for row in batch if row not in self.failed]).items():
@@ -198,11 +208,15 @@ class _Work:
                 self._keep(row, *result)
         self._save(trying=[], alone=False, cleared=[], died={})
 
-    def _try_alone(self, batch: range, rows: list[int]) -> None:
+    def _try_alone(self, batch: range, rows: list[int]) -> bool:
+        """Try rows one by one; False if it was stopped meanwhile, with what was learned so far in the state."""
         for row in rows:
+            if self.stopped():
+                return False
             self._save(trying=[row])
             self._compute(batch, [row])
             self._save(trying=[], cleared=[*self.state.cleared, row])
+        return True
 
     def _compute(self, batch: range, rows: list[int]) -> dict[int, tuple[Image | None, Answer | Failure]]:
         parts = self._parts()
@@ -257,11 +271,8 @@ class _Work:
             setattr(self.state, name, value)
         self.state.done = len(self.journal.rows) - len(self.missing)
         self.state.quarantined = len(self.failed)
-        path = _state_path(self.folder, self.task.shard)
-        temporary = path.with_suffix(".state.tmp")
         with full_disk_is_named(self.folder, 4096):
-            temporary.write_text(json.dumps(asdict(self.state)))
-            os.replace(temporary, path)
+            _replace_state(_state_path(self.folder, self.task.shard), self.state)
 
     def _parts(self) -> Parts:
         return parts_of_this_process(self.task.grounder, self.task.segmenter, self.task.regions, self.task.parts_digest)
@@ -288,6 +299,12 @@ def stop_asked(task: ShardTask) -> bool:
         return (Path(task.folder) / STOP).read_text() == task.token
     except FileNotFoundError:
         return False
+
+
+def _replace_state(path: Path, state: ShardState) -> None:
+    temporary = path.with_suffix(f".{threading.get_ident()}.tmp")
+    temporary.write_text(json.dumps(vars(state)))
+    os.replace(temporary, path)
 
 
 def _state_path(folder: Path, shard: int) -> Path:

@@ -12,7 +12,8 @@ from shared.artifact import write_atomic
 from shared.errors import DecodeError
 from shared.images import Source, read_image
 from shared.region_arrays import ShardedArray
-from shared.region_layout import ABSENT, ARRAYS, SAMPLES, SampleRow, decode_probability, read_samples
+from shared.region_layout import ABSENT, ARRAYS, SAMPLES, decode_probability
+from shared.region_samples import SampleTable
 from shared.report import Example, localize_report
 
 REPORT = "report.html"
@@ -39,22 +40,22 @@ def write_report(
         facts: Settings worth a glance; counts are added.
         warnings: What a reader should act upon.
     """
-    samples = read_samples(out / SAMPLES, outputs["samples"], outputs["samples_sha256"])
-    good = [sample for sample in samples if sample.status == "ok"]
+    samples = SampleTable(out / SAMPLES, outputs["samples"], outputs["samples_sha256"])
+    good = [sample.row for sample in samples if sample.status == "ok"]
     stored = ShardedArray(out / ARRAYS / "maps")
     measured = _spread(good, _COVERAGE_ROWS_MAX)
     coverage: dict[str, list[float]] = {name: [] for name in prompts}
-    for sample in measured:
-        for name, share in zip(prompts, (_maps(stored, sample.row) >= ABSENT // 2).mean(axis=(1, 2)), strict=True):
+    for row in measured:
+        for name, share in zip(prompts, (_maps(stored, row) >= ABSENT // 2).mean(axis=(1, 2)), strict=True):
             coverage[name].append(float(share))
     examples = []
-    for sample in _spread(good, _EXAMPLES):
+    for row in _spread(good, _EXAMPLES):
         try:
-            image = read_image(sources[sample.row])
+            image = read_image(sources[row])
         except DecodeError:  # it was read when its maps were made; since then it went away
             continue
-        maps = decode_probability(_maps(stored, sample.row))
-        examples.append(Example(sample.sample_id, image.pixels, dict(zip(prompts, maps, strict=True))))
+        maps = decode_probability(_maps(stored, row))
+        examples.append(Example(samples[row].sample_id, image.pixels, dict(zip(prompts, maps, strict=True))))
     page = localize_report(
         prompts=prompts,
         examples=examples,
@@ -78,7 +79,7 @@ def _maps(stored: ShardedArray, row: int) -> np.ndarray[Any, Any]:
     return maps[0]
 
 
-def _spread(samples: Sequence[SampleRow], count: int) -> list[SampleRow]:
-    """At most ``count`` samples, evenly spaced."""
-    places = np.linspace(0, len(samples) - 1, min(count, len(samples))).round().astype(int)
-    return [samples[place] for place in places]
+def _spread(rows: Sequence[int], count: int) -> list[int]:
+    """At most ``count`` rows, evenly spaced."""
+    places = np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int)
+    return [rows[place] for place in places]

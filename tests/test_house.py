@@ -38,9 +38,9 @@ def test_a_stage_imports_itself_and_shared_only() -> None:
 
 def test_inside_shared_contracts_do_not_import_what_stands_on_them() -> None:
     order = [
-        "errors",
+        "errors canonical",
         "config rng merkle lease registry pseudonyms orientation",
-        "artifact region_layout region_shards region_record",
+        "artifact region_layout region_shards region_record region_samples",
         "region_arrays workspace decode dicom_values dicom images corpus checkpoint",
         "region_journal region_verify",
         "region_writer regions",

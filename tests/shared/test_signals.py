@@ -37,3 +37,17 @@ def test_other_threads_may_use_it_too() -> None:
     thread.start()
     thread.join()
     assert seen == [None]
+
+
+def test_two_signals_at_once_are_one_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = signal.signal
+    with Signals() as signals:
+
+        def late(number: int, handler: object) -> object:
+            monkeypatch.setattr(signal, "signal", plain)
+            signals._catch(signal.SIGTERM, None)  # arrives while the first one is being noted
+            return plain(number, handler)
+
+        monkeypatch.setattr(signal, "signal", late)
+        signals._catch(signal.SIGTERM, None)
+        assert signals.caught == "SIGTERM"

@@ -116,7 +116,7 @@ def until_over(task: Any) -> dict[str, Any]:
 def test_workers_of_several_threads_are_refused_also_when_they_join_late(monkeypatch: pytest.MonkeyPatch) -> None:
     import distributed
 
-    monkeypatch.setattr(cluster, "run_shard", until_over)
+    monkeypatch.setattr(cluster, "run_on_worker", until_over)
     asked: list[int] = []
 
     def join(running: list[int]) -> bool:
@@ -130,7 +130,7 @@ def test_workers_of_several_threads_are_refused_also_when_they_join_late(monkeyp
         late.new_spec["options"]["nthreads"] = 2
         task: Any = SimpleNamespace(shard=0)
         with pytest.raises(UsageError, match="has 2 threads, expected 1") as caught:
-            list(cluster.run_on_dask([task], workers=1, scheduler=late.scheduler_address, poll=join))
+            list(cluster.run_on_dask([task], count=1, workers=1, scheduler=late.scheduler_address, poll=join))
         OVER.set()
     assert asked
     assert "--nthreads 1" in str(caught.value.hint)
@@ -151,3 +151,66 @@ def test_the_job_without_dask_imports_none(images: Path, tmp_path: Path) -> None
         "assert not [name for name in ('dask', 'distributed', 'torch') if name in sys.modules]"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def shard_on_gpu(task: Any) -> dict[str, Any]:
+    return {"shard": task.shard, "status": "done", "gpu": os.environ["CUDA_VISIBLE_DEVICES"], "process": os.getpid()}
+
+
+@pytest.mark.slow
+def test_each_local_worker_sees_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "run_on_worker", shard_on_gpu)
+    monkeypatch.setattr(cluster, "visible_gpus", lambda: ["2", "5"])
+    tasks: Any = [SimpleNamespace(shard=number) for number in range(30)]
+    results = list(
+        cluster.run_on_dask(tasks, count=30, workers="auto", scheduler=None, on_gpus=True, poll=lambda running: True)
+    )
+    assert {result["gpu"] for result in results} == {"2", "5"}
+    assert len({(result["gpu"], result["process"]) for result in results}) == 2
+    assert sorted(result["shard"] for result in results) == list(range(30))
+
+
+def test_the_gpus_are_those_that_the_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert cluster.visible_gpus() == ["0", "1", "2"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1, GPU-8f3a")
+    assert cluster.visible_gpus() == ["1", "GPU-8f3a"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert cluster.visible_gpus() == []
+
+
+def slow_shard(task: Any) -> dict[str, Any]:
+    time.sleep(0.05)
+    return {"shard": task.shard, "status": "done"}
+
+
+def test_the_window_follows_workers_that_join_and_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    import distributed
+
+    monkeypatch.setattr(cluster, "run_on_worker", slow_shard)
+    monkeypatch.setattr(cluster, "_POLL_S", 0.02)
+    widths: list[int] = []
+    options = {"processes": False, "dashboard_address": "127.0.0.1:0", "protocol": "tcp", "host": "127.0.0.1"}
+    with distributed.LocalCluster(n_workers=1, threads_per_worker=1, **options) as elastic:
+        phases = iter((3, 1))
+        since: list[int] = []
+
+        def watch(running: list[int]) -> bool:
+            widths.append(len(running))
+            since.append(0)
+            if len(since) >= 15 and (count := next(phases, None)) is not None:
+                elastic.scale(count)
+                since.clear()
+            return True
+
+        tasks: Any = [SimpleNamespace(shard=number) for number in range(90)]
+        results = list(
+            cluster.run_on_dask(tasks, count=90, workers=1, scheduler=elastic.scheduler_address, poll=watch)
+        )
+    assert sorted(result["shard"] for result in results) == list(range(90))
+    assert max(widths[:15]) <= 2
+    assert 4 < max(widths) <= 6
+    assert max(widths[-8:]) <= 2
