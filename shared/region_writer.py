@@ -247,7 +247,9 @@ def _write_tables(folder: Path, layout: Layout, rows: Iterator[tuple[Entry, np.n
         ids_sha256 = sample_ids_sha256(written())
     if ids_sha256 != layout.ids_sha256:
         raise CorruptError(f"{folder}: rows carry other sample ids than the store was created for")
-    boxes, scores, regions = (np.frombuffer(kept, kind) for kept, kind in zip(found, ("<i4", "<u2", "<u2"), strict=True))
+    boxes, scores, regions = (
+        np.frombuffer(kept, kind) for kept, kind in zip(found, ("<i4", "<u2", "<u2"), strict=True)
+    )
     create_detections(folder / ARRAYS, boxes.reshape(-1, 4), scores, regions, np.frombuffer(offsets, np.int64))
     _sync_tree(folder / ARRAYS)
     fsync_folder(folder)

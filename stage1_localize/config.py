@@ -46,7 +46,9 @@ class LocalizeConfig(Strict):
     max_failures: int | float = runtime(
         0.1, "Quarantined images allowed: a count, or a fraction below 1 of all; more end the run with exit 6.", ge=0
     )
-    workers: int | Literal["auto"] = runtime("auto", "Worker processes; auto: one a core (a GPU, where parts use cuda); 0: in this process, no Dask.")
+    workers: int | Literal["auto"] = runtime(
+        "auto", "Worker processes; auto: one a core (a GPU, where parts use cuda); 0: in this process, no Dask."
+    )
 
     @field_validator("regions")
     @classmethod

@@ -305,6 +305,7 @@ class _Run:
     def _stop_if_asked(self) -> None:
         if self.signals.caught is not None:
             raise InterruptedRun(
-                f"{self.out.name}: {self.signals.caught} after {self.done} of {self.layout.samples} images; they are kept",
+                f"{self.out.name}: {self.signals.caught} after {self.done} of {self.layout.samples} images, "
+                "which are kept",
                 hint="run the same command: it continues",
             )

@@ -24,7 +24,7 @@ FINAL = {"finalise", "card", "export", "publish"}
 
 _PATIENCE_S = 600
 _LONGEST_S = 20.0
-"""Of a wait for a kill anywhere: a killed run goes on, so that the kills of a long one are spread over it all the same."""
+"""Of a wait for a kill anywhere: a killed run goes on, so the kills of a long one are spread over all of it."""
 
 
 class Command:

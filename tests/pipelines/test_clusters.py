@@ -1,4 +1,4 @@
-"""The recipes for clusters, run here as far as one machine can: scripts with stubs, a manifest read and held to the CLI."""
+"""The recipes for clusters, run as far as one machine can: scripts with stubs, a manifest held to the CLI."""
 
 import os
 import re

@@ -207,9 +207,7 @@ def test_the_window_follows_workers_that_join_and_leave(monkeypatch: pytest.Monk
             return True
 
         tasks: Any = [SimpleNamespace(shard=number) for number in range(90)]
-        results = list(
-            cluster.run_on_dask(tasks, count=90, workers=1, scheduler=elastic.scheduler_address, poll=watch)
-        )
+        results = list(cluster.run_on_dask(tasks, count=90, workers=1, scheduler=elastic.scheduler_address, poll=watch))
     assert sorted(result["shard"] for result in results) == list(range(90))
     assert max(widths[:15]) <= 2
     assert 4 < max(widths) <= 6
