@@ -16,7 +16,7 @@ from typing import Any, TextIO
 
 import typer
 
-from pipelines import stage_commands, tool_commands
+from pipelines import quality_commands, stage_commands, tool_commands
 from pipelines.settings_help import settings_help
 from shared.errors import DiskFullError, MwmError, UsageError
 from shared.signals import sigterm_unwinds
@@ -39,6 +39,7 @@ app.command("fit-grounder", cls=settings_help("stage1_localize.fit_config:FitGro
 )
 app.command("run")(stage_commands.run_)
 app.command()(tool_commands.audit)
+app.command()(quality_commands.score)
 app.command()(tool_commands.inspect)
 app.command()(tool_commands.repair)
 app.command()(tool_commands.migrate)

@@ -189,12 +189,19 @@ def dice(
 
 def match(found: Detections, truth: Float32[np.ndarray, "m 4"]) -> int:
     """How many boxes are hit: by descending score, each takes the best free true box at IoU .5 or more."""
-    iou = overlaps(found.box_xyxy_px, truth)
-    hits = 0
-    for i in np.argsort(-found.score, kind="stable"):
+    return int(hits_of(found.box_xyxy_px, found.score, truth).sum())
+
+
+def hits_of(
+    boxes: Float32[np.ndarray, "n 4"], score: Float32[np.ndarray, "n"], truth: Float32[np.ndarray, "m 4"]
+) -> Bool[np.ndarray, "n"]:
+    """Which boxes are hits: by descending score, each takes the best free true box at IoU .5 or more."""
+    iou = overlaps(boxes, truth)
+    hits = np.zeros(len(boxes), bool)
+    for i in np.argsort(-score, kind="stable"):
         if iou.shape[1] and iou[i].max() >= IOU_MIN:
             iou[:, iou[i].argmax()] = -1
-            hits += 1
+            hits[i] = True
     return hits
 
 
@@ -212,7 +219,7 @@ def summarise(tally: Tally, seed: int) -> dict[str, Any]:
     result: dict[str, Any] = {}
     if tally.groups:
         counts = np.array([tally.hits, tally.found, tally.true], float).T
-        scores = _bootstrap(counts, tally.groups, _box_scores, seed)
+        scores = bootstrap(counts, tally.groups, _box_scores, seed)
         result |= dict(zip(("precision", "recall", "f1"), scores, strict=True))
         result |= {"images": len(tally.groups), "groups": len(set(tally.groups))}
     if tally.dice:
@@ -228,7 +235,7 @@ def summarise(tally: Tally, seed: int) -> dict[str, Any]:
 
 def _mean(values: Sequence[float], groups: Sequence[str], seed: int) -> list[float]:
     columns = np.array([values, np.ones(len(values))]).T
-    return _bootstrap(columns, groups, lambda sums: sums[:, :1] / np.maximum(sums[:, 1:], 1e-9), seed)[0]
+    return bootstrap(columns, groups, lambda sums: sums[:, :1] / np.maximum(sums[:, 1:], 1e-9), seed)[0]
 
 
 def _box_scores(sums: np.ndarray) -> np.ndarray:
@@ -236,7 +243,7 @@ def _box_scores(sums: np.ndarray) -> np.ndarray:
     return np.stack([hits / found, hits / true, 2 * hits / (found + true)], axis=1)
 
 
-def _bootstrap(
+def bootstrap(
     columns: np.ndarray, groups: Sequence[str], score: Callable[[np.ndarray], np.ndarray], seed: int
 ) -> list[list[float]]:
     """[value, low, high] of each score of the column sums, resampling whole groups."""

@@ -1,0 +1,89 @@
+"""The commands that ask how good regions are: against labels, and of wordings against one another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipelines.options import AsJson, Quiet, Verbose, check_artifact, print_json
+
+
+def score(
+    store: Annotated[str, typer.Argument(help="Region store, PATH or PATH@sha256:... to pin it.")],
+    labels: Annotated[Path, typer.Option(help="COCO JSON: boxes, and outlines where there are any.")],
+    images: Annotated[
+        Path | None, typer.Option(help="The store's images: for pictures, and to match names of DICOM files.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Also write report.html and scores.json in this folder.")] = None,
+    map_: Annotated[
+        list[str] | None, typer.Option("--map", help="region=category of the labels; repeatable, several unite.")
+    ] = None,
+    ignore: Annotated[
+        list[str] | None, typer.Option(help="Category whose places count neither way; repeatable.")
+    ] = None,
+    exhaustive: Annotated[
+        bool, typer.Option("--exhaustive", help="The labels name all there is: no annotation means not there.")
+    ] = False,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
+    """Compare a region store with labels: Dice, boxes, coverage, calibration, with 95 % intervals."""
+    from shared.images import find_sources
+    from shared.regions import open_region_store
+    from stage1_localize.score import score_store
+    from stage1_localize.score_labels import join_labels
+    from stage1_localize.score_report import as_dict, write_score
+
+    check_artifact(store, "region-store")
+    _refuse_out(out)
+    opened = open_region_store(store)
+    sources = find_sources(images) if images is not None else []
+    truth = join_labels(opened, labels, sources=sources, mapping=map_ or (), ignore=ignore or ())
+    for warning in truth.warnings:
+        typer.echo(f"warning: {warning}", err=True)
+    scores, measured = score_store(opened, truth, exhaustive=exhaustive)
+    if out is not None:
+        write_score(out, opened, truth, scores, measured, sources=sources, exhaustive=exhaustive)
+    if as_json:
+        return print_json(as_dict(opened, truth, scores, exhaustive))
+    for region, found in scores.items():
+        told = [f"{name} {_told(found[key])}" for key, name in _SHOWN.items() if key in found]
+        told += [f"{found[key]} images {name}" for key, name in _COUNTED.items() if found[key]]
+        typer.echo(f"{region}: {', '.join(told)}")
+    if out is not None:
+        typer.echo(f"where: {out}")
+        typer.echo(f"next: open {out / 'report.html'}")
+    return None
+
+
+_SHOWN = {
+    "dice": "Dice",
+    "iou": "IoU",
+    "precision": "box precision",
+    "recall": "recall",
+    "average_precision": "average precision",
+    "pixel_ece": "calibration error of pixels",
+    "false_regions": "found where it is not",
+}
+_COUNTED = {"images": "with it", "images_without": "without it", "images_unknown": "unknown"}
+
+
+def _told(triple: list[float]) -> str:
+    return f"{triple[0]:.3f} ({triple[1]:.2f} to {triple[2]:.2f})"
+
+
+def _refuse_out(out: Path | None) -> None:
+    """A report is neither written into an artifact nor over one."""
+    from shared.artifact import CARD
+    from shared.errors import UsageError
+    from shared.workspace import refuse_inside_artifact, refuse_unwritable
+
+    if out is None:
+        return
+    refuse_unwritable(out)
+    refuse_inside_artifact(out / "report.html")
+    if (out / CARD).exists():
+        raise UsageError(f"{out}: is a published artifact", hint="name another folder with --out")

@@ -1,0 +1,183 @@
+"""Which labels speak of which rows of a store: names matched, regions mapped to categories, truth in the map frame."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float32
+from torch.nn.functional import interpolate
+
+from shared.errors import UsageError
+from shared.images import Source
+from shared.regions import RegionStore
+from stage1_localize.coco import CocoLabels, Labelled, Thing, read_coco
+from stage1_localize.outlines import Outline, draw
+
+
+@dataclass(frozen=True)
+class Truth:
+    """Labels joined with a store.
+
+    Attributes:
+        labels: As read.
+        rows: Row of the store -> its image in the labels; rows without maps are left out.
+        categories: Region -> its categories; regions without any are not scored.
+        ignored: Categories whose places count neither for nor against a region.
+        quarantined: Labelled images that the store has without maps.
+        elsewhere: Labelled images that the store does not have.
+        warnings: What a reader should know.
+    """
+
+    labels: CocoLabels
+    rows: Mapping[int, Labelled]
+    categories: Mapping[str, tuple[str, ...]]
+    ignored: frozenset[str]
+    quarantined: int
+    elsewhere: int
+    warnings: tuple[str, ...]
+
+    def outlined(self, region: str) -> bool:
+        """Whether the region's truth has pixels; else its boxes alone are scored."""
+        return set(self.categories[region]) <= self.labels.outlined
+
+
+def join_labels(
+    store: RegionStore,
+    labels: Path,
+    *,
+    sources: Sequence[Source] = (),
+    mapping: Sequence[str] = (),
+    ignore: Sequence[str] = (),
+) -> Truth:
+    """Read labels and find out what they say of a store.
+
+    Args:
+        store: With 2D maps.
+        labels: COCO JSON; ``file_name`` is a sample id of the store, or what the user calls it (see ``sources``).
+        sources: The store's images, where the labels name files that the store knows by pseudonym.
+        mapping: ``region=category``, several for one region unite; without any, names that are alike belong together.
+        ignore: Categories whose places are left out of every score.
+
+    Raises:
+        InputMissingError: No such file.
+        UsageError: Labels that do not hold together, of other images or other sizes; names that are not known.
+    """
+    if len(store.grid) != 2:
+        raise UsageError(f"{store.path.name}: its maps are of volumes; scores are for images")
+    read = read_coco(labels, None)
+    rows, quarantined, elsewhere = _rows(store, read, sources)
+    if not rows:
+        raise UsageError(
+            f"labels {labels.name}: none of their {len(read.images)} images is a sample with maps in {store.path.name}",
+            hint="file_name must be a sample id of the store, see its samples.jsonl; or give the --images it was "
+            "made from",
+        )
+    for row, item in rows.items():
+        shape = store.samples[row].shape
+        if shape is not None and tuple(shape[-2:]) != (item.height, item.width):
+            raise UsageError(
+                f"labels {labels.name}: image {item.image_id} is {item.width}x{item.height} px there, "
+                f"{shape[-1]}x{shape[-2]} px in the store",
+                hint="outlines must be drawn on the upright image as it was localised",
+            )
+    categories, left = _categories(store.regions, read.regions, mapping)
+    ignored = frozenset(_known(name, read.regions, f"--ignore '{name}'") for name in ignore)
+    used = {name for names in categories.values() for name in names}
+    if used & ignored:
+        raise UsageError(f"category '{min(used & ignored)}' is both scored and ignored")
+    warnings = list(read.warnings)
+    if left:
+        warnings.append(f"not scored, for no category of the labels has their name: {', '.join(left)}")
+    unused = [name for name in read.regions if name not in used | ignored]
+    if unused:
+        warnings.append(f"categories that no region is compared with: {', '.join(unused)}")
+    if elsewhere:
+        warnings.append(f"{elsewhere} of {len(read.images)} labelled images are not in the store")
+    if quarantined:
+        warnings.append(f"{quarantined} labelled images were quarantined and have no maps: they are not scored")
+    return Truth(read, rows, categories, ignored, quarantined, elsewhere, tuple(warnings))
+
+
+def truth_map(things: Sequence[Thing], item: Labelled, grid: tuple[int, int]) -> Float32[np.ndarray, "h w"]:
+    """Share of each map pixel that the union of some things covers, [0, 1]."""
+    union = np.zeros((item.height, item.width), np.float32)
+    for thing in things:
+        x0, y0, x1, y1 = thing.box_xyxy_px
+        outline = thing.outline or Outline(polygons=((x0, y0, x1, y0, x1, y1, x0, y1),))
+        np.maximum(union, draw(outline, item.height, item.width), out=union)
+    sized = interpolate(torch.from_numpy(union)[None, None], grid, mode="bilinear", antialias=True)
+    return np.asarray(sized[0, 0].clamp_(0, 1).numpy())
+
+
+def true_pixels(things: Sequence[Thing], item: Labelled, grid: tuple[int, int]) -> Bool[np.ndarray, "h w"]:
+    """Map pixels that things cover by half or more."""
+    return truth_map(things, item, grid) >= 0.5 if things else np.zeros(grid, bool)
+
+
+def _rows(store: RegionStore, labels: CocoLabels, sources: Sequence[Source]) -> tuple[dict[int, Labelled], int, int]:
+    places = {sample.sample_id: sample for sample in store.samples}
+    called = {unicodedata.normalize("NFC", s.known_as): s.sample_id for s in sources if s.known_as}
+    rows: dict[int, Labelled] = {}
+    quarantined = elsewhere = 0
+    for item in labels.images:
+        name = item.source.sample_id
+        sample = places.get(name) or places.get(called.get(name, ""))
+        if sample is None:
+            elsewhere += 1
+        elif sample.status != "ok":
+            quarantined += 1
+        else:
+            rows[sample.row] = item
+    return dict(sorted(rows.items())), quarantined, elsewhere
+
+
+def _categories(
+    regions: Sequence[str], categories: Sequence[str], mapping: Sequence[str]
+) -> tuple[dict[str, tuple[str, ...]], list[str]]:
+    """Region -> categories, and the regions that have none."""
+    given: dict[str, list[str]] = {}
+    for entry in mapping:
+        region, mark, category = (part.strip() for part in entry.partition("="))
+        if not (mark and region and category):
+            raise UsageError(f"--map '{entry}': expected region=category", hint="e.g. --map tumour=Tumor")
+        region = _known(region, regions, f"--map '{entry}': region '{region}'", "the store")
+        category = _known(category, categories, f"--map '{entry}': category '{category}'")
+        if category not in given.setdefault(region, []):
+            given[region].append(category)
+    alike = {_plain(name): name for name in categories}
+    found: dict[str, tuple[str, ...]] = {}
+    for region in regions:
+        if region in given:
+            found[region] = tuple(given[region])
+        elif _plain(region) in alike:
+            found[region] = (alike[_plain(region)],)
+    left = [region for region in regions if region not in found]
+    if not found:
+        near = [close for region in regions for close in difflib.get_close_matches(region, categories, n=1)]
+        raise UsageError(
+            f"no region of the store ({', '.join(regions)}) is a category of the labels ({', '.join(categories)})",
+            hint=f"say which is which: --map '{regions[0]}={near[0] if near else categories[0]}'",
+        )
+    return found, left
+
+
+def _known(name: str, names: Sequence[str], what: str, where: str = "the labels") -> str:
+    for known in names:
+        if known == name or _plain(known) == _plain(name):
+            return known
+    near = difflib.get_close_matches(name, names, n=1)
+    raise UsageError(
+        f"{what}: not in {where}",
+        hint=f"did you mean '{near[0]}'?" if near else f"known: {', '.join(names)}",
+    )
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\s_-]+", " ", name.strip()).casefold()
