@@ -7,13 +7,14 @@ logits to the image's own size and the result to the map frame, all with torch i
 models do; ``one encoding`` is the same script with the encoding shared, which is its best setting. Ours is what a
 worker runs: `answer` on whole micro-batches. CPU seconds, all ways interleaved in one run; reading files is left out.
 The gate: at every image and region, maps cut at .5 have an IoU of .98 or more with either peer's.
-Without ``--images``: slices of the template that a dependency ships.
+Without ``--images``: brain slices of the tests' data.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -26,7 +27,6 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from pipelines.template import template_slices
 from shared.images import find_sources, read_image
 from stage1_localize.answer import answer
 from stage1_localize.config import PartConfig
@@ -120,11 +120,10 @@ def overlap(one: np.ndarray, other: np.ndarray) -> float:
     return min(found)
 
 
-def made_images(count: int) -> list[np.ndarray]:
-    """Slices of the template, evenly spread over its middle."""
-    slices = template_slices()
-    places = np.linspace(len(slices) // 4, 3 * len(slices) // 4, count).round().astype(int)
-    return [slices[place].pixels.astype(np.float32)[None] / 255 for place in places]
+def test_images() -> Path:
+    """Brain slices with tumours, where the tests find theirs."""
+    data = Path(os.environ.get("MWM_TEST_DATA") or Path(__file__).parents[3] / "shared" / "data")
+    return data / "br35h" / "train" / "images"
 
 
 def main(given: Sequence[str] | None = None) -> None:
@@ -132,17 +131,13 @@ def main(given: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.localize", description=__doc__)
     parser.add_argument("--json", action="store_true", help="one JSON object")
     parser.add_argument("--quick", action="store_true", help="two images, once")
-    parser.add_argument("--images", type=Path, help="a folder or list of real images")
+    parser.add_argument("--images", type=Path, help="a folder or list [the tests' data]")
     options = parser.parse_args(given)
     torch.set_num_threads(1)
     count, repeats = (2, 1) if options.quick else (8, 3)
-    if options.images is not None:
-        sources = find_sources(options.images.absolute())
-        images = [
-            read_image(sources[place]).pixels for place in np.linspace(0, len(sources) - 1, count).round().astype(int)
-        ]
-    else:
-        images = made_images(count)
+    sources = find_sources((options.images or test_images()).absolute())
+    places = np.linspace(0, len(sources) - 1, count).round().astype(int)
+    images = [read_image(sources[place]).pixels for place in places]
     parts = build_parts(PartConfig(name="lite"), PartConfig(name="lite_medsam"), REGIONS)
     model = package_model()
     peers = {"one encoding": Script(model, shared=True), "two models": Script(model, shared=False)}
