@@ -13,7 +13,7 @@ from shared.images import find_sources
 from shared.region_journal import ShardJournal
 from shared.region_writer import create_store
 from stage1_localize.parts import build_parts
-from stage1_localize.shard import STOP, ShardTask, read_state, run_shard
+from stage1_localize.shard import STOP, ShardTask, excuse, read_state, run_shard
 from tests.stage1_localize.planted_corpus import recipe, write_image, write_images
 
 
@@ -214,3 +214,27 @@ def test_what_cannot_be_read_is_quarantined_by_its_reason(tmp_path: Path) -> Non
     (tmp_path / "images" / "007.png").unlink()
     assert run_shard(task)["quarantined"] == 2
     assert quarantined(task) == {3: "source_changed", 7: "missing"}
+
+
+def test_a_worker_told_to_go_is_no_death_of_its_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = make_task(tmp_path)
+    for _ in range(6):
+        assert attempt(task, {5}, monkeypatch) is None
+        excuse(task)
+        state = read_state(Path(task.folder), 0)
+        assert (state.trying, state.died) == ([], {})
+    assert attempt(task, {5}, monkeypatch) is None  # one that is not excused counts as ever
+    assert read_state(Path(task.folder), 0).trying == [4, 5, 6, 7]
+    assert run_shard(task)["quarantined"] == 0
+
+
+def test_asked_to_stop_among_rows_tried_alone_it_keeps_what_it_has_learned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = make_task(tmp_path)
+    assert attempt(task, {6}, monkeypatch) is None
+    answers = iter([False, False, True])  # before the micro-batch and before row 4; then stop
+    assert run_shard(task, stopped=lambda: next(answers, True))["status"] == "stopped"
+    state = read_state(Path(task.folder), 0)
+    assert (state.trying, state.alone, state.cleared) == ([], True, [4])
+    assert run_shard(task)["quarantined"] == 0
