@@ -273,6 +273,7 @@ def _coverage(coverage: Mapping[str, Sequence[float]], scores: Mapping[str, Sequ
         if scores is not None:
             told = histogram(scores[name], x_label="best score", style=styles[name], percent=False)
             charts += f"<figure><h3>{escape(name)}, best score</h3>{told}</figure>"
+    heading = "How much of the images each region covers"
     note = "Share: pixels at a probability of 0.5 or more. Empty: no such pixel. Columns count images."
     if scores is not None:
         columns += ("images with a box", "median best score")
@@ -280,9 +281,10 @@ def _coverage(coverage: Mapping[str, Sequence[float]], scores: Mapping[str, Sequ
             (*row, len(scores[name]), f"{np.median(scores[name]):.2f}" if len(scores[name]) else "none")
             for row, name in zip(rows, coverage, strict=True)
         ]
+        heading += ", and how sure its boxes are"
         note += " Best score: of an image's boxes for the region, where it has one."
     return Section(
-        "How much of the images each region covers",
+        heading,
         f'{table(columns, rows)}<br><div class="row {"pairs" if scores is not None else "wide"}">{charts}</div>',
         note,
     )
