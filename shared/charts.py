@@ -131,7 +131,7 @@ def arms_chart(arms: Mapping[str, Sequence[Row]], *, chance: Mapping[str, float]
     return _plot(body, told, list(arms) if len(arms) > 1 else [], shapes=True)
 
 
-def histogram(values: Sequence[float], *, x_label: str, bins: int = 20, style: int = 2) -> str:
+def histogram(values: Sequence[float], *, x_label: str, bins: int = 20, style: int = 2, percent: bool = True) -> str:
     """How often values between 0 and 1 occur.
 
     Args:
@@ -139,7 +139,9 @@ def histogram(values: Sequence[float], *, x_label: str, bins: int = 20, style: i
         x_label: What they are a share of.
         bins: Columns.
         style: Which of the page's colours, 1 to 5.
+        percent: Write values as percentages; else as they are.
     """
+    told = (lambda value: f"{value:.0%}") if percent else (lambda value: f"{value:g}")
     finite = np.array([value for value in values if math.isfinite(value)])
     if len(finite) == 0:
         return NOTHING
@@ -154,11 +156,11 @@ def histogram(values: Sequence[float], *, x_label: str, bins: int = 20, style: i
         parts.append(
             f'<rect class="s{style}" x="{left + index * step + 0.75:.1f}" y="{floor - tall:.1f}" '
             f'width="{step - 1.5:.1f}" height="{tall:.1f}">'
-            f"<title>{index / bins:.0%} to {(index + 1) / bins:.0%}: {count}</title></rect>"
+            f"<title>{told(index / bins)} to {told((index + 1) / bins)}: {count}</title></rect>"
         )
     for share, anchor in ((0.0, "start"), (0.5, "middle"), (1.0, "end")):
         x = left + share * (width - left - 10)
-        parts.append(f'<text x="{x:.1f}" y="{floor + 17}" text-anchor="{anchor}">{share:.0%}</text>')
+        parts.append(f'<text x="{x:.1f}" y="{floor + 17}" text-anchor="{anchor}">{told(share)}</text>')
     parts.append(f'<text x="{(left + width - 10) / 2}" y="{height - 5}" text-anchor="middle">{escape(x_label)}</text>')
     return "".join(parts) + "</svg>"
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from html import escape
 from typing import Any
 
 import numpy as np
 
 from shared.figures import REGION_COLOURS, Colour, map_uri, overlay, paint, picture
-from shared.page import chips
+from shared.page import chips, select
 
 SOFT = "the tint shows the probability"
 _SIDE_PX = 320
@@ -28,6 +28,8 @@ class Example:
         maps: Region name -> float [h, w] in [0, 1].
         hidden: Bool [gh, gw], or None.
         reconstruction: Float [C, H, W] in [0, 1], or None.
+        why: Why it is shown -> the figures behind it, perhaps none; galleries can be filtered by it.
+        scores: Region -> best score of its detections in [0, 1], of regions that were found; None: not known.
     """
 
     sample_id: str
@@ -35,6 +37,8 @@ class Example:
     maps: Mapping[str, np.ndarray[Any, Any]]
     hidden: np.ndarray[Any, Any] | None = None
     reconstruction: np.ndarray[Any, Any] | None = None
+    why: Mapping[str, str] = field(default_factory=dict)
+    scores: Mapping[str, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -61,8 +65,8 @@ def gallery(examples: Iterable[Example], *, controls: bool = True) -> str:
 
     Args:
         examples: In the order shown.
-        controls: With a script, a slider shows what lies above a threshold, and regions can be left out; the
-            maps travel in the page for that.
+        controls: With a script, a slider shows what lies above a threshold, regions can be left out, and images
+            filtered by score and by why they are shown; the maps travel in the page for that.
     """
     shown = list(examples)
     if not shown:
@@ -71,11 +75,11 @@ def gallery(examples: Iterable[Example], *, controls: bool = True) -> str:
     controls = controls and bool(colours)
     panels = max(_count(item) for item in shown)
     rows = "".join(
-        f'<div class="case"><h3>{escape(item.sample_id)}</h3><div class="row">{_panels(item, colours, controls)}'
-        "</div></div>"
+        f'<div class="case"><h3>{escape(item.sample_id)}</h3>{_why(item)}'
+        f'<div class="row">{_panels(item, colours, controls)}</div></div>'
         for item in shown
     )
-    bar, kind = (_controls(colours), "gallery") if controls else ("", "still")
+    bar, kind = (_controls(shown, colours), "gallery") if controls else ("", "still")
     # On a phone, rows of two or three: the count that leaves no picture alone.
     phone = 2 if panels in (2, 4) else 3
     grid = f'<div class="cases" style="--panels:{min(panels, _PANELS_MAX)};--phone:{phone}">{rows}</div>'
@@ -153,9 +157,16 @@ def _panels(item: Example, colours: Mapping[str, Colour], controls: bool) -> str
         attributes = f' data-region="{escape(name, quote=True)}"'
         if controls:
             attributes += f' data-rgb="{",".join(map(str, colour))}" data-map="{map_uri(region_map)}"'
+        told = ""
+        if item.scores is not None:
+            score = item.scores.get(name)
+            words = "no box" if score is None else f"score {score:.2f}"
+            told = f' <span class="unbroken">{words}</span>'
+            attributes += f' data-score="{0 if score is None else score:.4f}"'
         figures.append(
             f"<figure{attributes}>{picture(drawn, f'region map: {name}')}<figcaption>{_dot(colour)}"
-            f'<b>{escape(name)}</b> <span class="share">{share:.1%}</span></figcaption></figure>'
+            f'<b>{escape(name)}</b> <span class="share">{share:.1%}</span>'
+            f"{told}</figcaption></figure>"
         )
     if item.hidden is not None:
         layers = [(region_map, colours[name]) for name, region_map in item.maps.items()]
@@ -183,16 +194,36 @@ def _count(item: Example) -> int:
     return 1 + len(item.maps) + (item.hidden is not None) + (item.reconstruction is not None)
 
 
-def _controls(colours: Mapping[str, Colour]) -> str:
+def _why(item: Example) -> str:
+    labels = "".join(
+        f'<span class="chip" data-why="{escape(why, quote=True)}"><b>{escape(why)}</b>'
+        f"{f' {escape(told)}' if told else ''}</span>"
+        for why, told in item.why.items()
+    )
+    return f'<p class="why">{labels}</p>' if labels else ""
+
+
+def _controls(examples: Sequence[Example], colours: Mapping[str, Colour]) -> str:
     boxes = "".join(
         f'<label><input type="checkbox" {_FRESH} checked value="{escape(name, quote=True)}">{_dot(colour)}'
         f"{escape(name)}</label>"
         for name, colour in colours.items()
     )
+    filters = ""
+    if any(item.scores is not None for item in examples):
+        filters += (
+            f'<label>Score <input type="range" class="least" {_FRESH} min="0" max="100" step="1" value="0" '
+            'aria-label="least best score"></label><output class="least-told">any score</output>'
+        )
+    reasons = dict.fromkeys(why for item in examples for why in item.why)
+    if len(reasons) > 1:
+        filters += select("Why shown", reasons)
+    if filters:
+        filters += '<output class="count"></output>'
     return (
-        f'<div class="controls" hidden><label>Threshold <input type="range" {_FRESH} min="0" max="95" step="5" '
-        f'value="0" aria-label="probability threshold"></label><output>{SOFT}</output>'
-        f"{boxes if len(colours) > 1 else ''}</div>"
+        f'<div class="controls" hidden><label>Threshold <input type="range" class="threshold" {_FRESH} min="0" '
+        f'max="95" step="5" value="0" aria-label="probability threshold"></label><output>{SOFT}</output>'
+        f"{boxes if len(colours) > 1 else ''}{filters}</div>"
     )
 
 
@@ -202,12 +233,14 @@ def _key(examples: Sequence[Example], colours: Mapping[str, Colour]) -> str:
     red, green, blue = next(iter(colours.values()))
     ramp = f"linear-gradient(90deg,rgba({red},{green},{blue},0),rgb({red},{green},{blue}))"
     told = (
-        f'0 <span class="ramp" style="background:{ramp}"></span> 1 probability; line at 0.5; '
-        "percentages: share of the image at 0.5 or more."
+        f'<span class="unbroken">0 <span class="ramp" style="background:{ramp}"></span> 1 probability</span>'
+        "<span>Line at 0.5; percentages: share of the image at 0.5 or more."
     )
+    if any(item.scores is not None for item in examples):
+        told += " Score: of the region's best box."
     if any(item.hidden is not None for item in examples):
         told += " Dark hatched cells were hidden from the encoder."
-    return f'<div class="key-bar">{told}</div>'
+    return f'<div class="key-bar">{told}</span></div>'
 
 
 def _figure(pixels: np.ndarray[Any, Any], what: str, told: str) -> str:

@@ -110,6 +110,30 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></div>'
 
 
+def listing(columns: Sequence[str], rows: Sequence[Sequence[object]], *, by: int) -> str:
+    """A `table` of which a script, where it runs, shows only the rows that have a chosen value in a column.
+
+    Args:
+        columns: Headings.
+        rows: Cells; all are escaped.
+        by: The column to choose by.
+    """
+    values = dict.fromkeys(str(row[by]) for row in rows)
+    bar = (
+        f'<div class="controls" hidden>{select(columns[by], values)}<output class="count"></output></div>'
+        if len(values) > 1
+        else ""
+    )
+    return f'<div class="listing" data-by="{by}">{bar}{table(columns, rows)}</div>'
+
+
+def select(name: str, values: Iterable[str]) -> str:
+    """A choice of one value, or of all, for a script to read; everything is escaped."""
+    options = "".join(f'<option value="{escape(value, quote=True)}">{escape(value)}</option>' for value in values)
+    # Without autocomplete: a page that is loaded again shows all, and so must its controls.
+    return f'<label>{escape(name)} <select autocomplete="off"><option value="">all</option>{options}</select></label>'
+
+
 def chips(texts: Iterable[str]) -> str:
     """Short texts side by side, e.g. the wordings of a prompt."""
     return "".join(f'<span class="chip">{escape(text)}</span>' for text in texts)

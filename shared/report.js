@@ -1,7 +1,8 @@
-// Galleries with a threshold and a choice of regions. Without this script the page shows the same pictures, still.
+// Galleries with a threshold, a choice of regions and filters; tables with a filter. Without this script the page
+// shows the same pictures, still, and every row.
 for (const gallery of document.querySelectorAll(".gallery")) {
   const controls = gallery.querySelector(".controls");
-  const slider = controls.querySelector("input[type=range]");
+  const slider = controls.querySelector("input.threshold");
   const told = controls.querySelector("output");
   const figures = [...gallery.querySelectorAll("figure[data-map]")];
   const soft = told.textContent;
@@ -68,12 +69,51 @@ for (const gallery of document.querySelectorAll(".gallery")) {
     if (!waiting) requestAnimationFrame(show);
     waiting = true;
   });
-  for (const box of controls.querySelectorAll("input[type=checkbox]")) {
+  const boxes = [...controls.querySelectorAll("input[type=checkbox]")];
+  const least = controls.querySelector("input.least");
+  const reason = controls.querySelector("select");
+  const count = controls.querySelector("output.count");
+  const cards = [...gallery.querySelectorAll(".case")];
+
+  const filter = () => {
+    const score = least ? Number(least.value) / 100 : 0;
+    if (least) controls.querySelector(".least-told").textContent = score ? `best of ${score.toFixed(2)} or more` : "any score";
+    const left = new Set(boxes.filter((box) => !box.checked).map((box) => box.value));
+    for (const card of cards) {
+      // The best score of the regions that are looked at.
+      const scores = [...card.querySelectorAll("figure[data-score]")].filter((item) => !left.has(item.dataset.region));
+      const best = Math.max(0, ...scores.map((item) => Number(item.dataset.score)));
+      const named = [...card.querySelectorAll("[data-why]")].map((item) => item.dataset.why);
+      card.hidden = best < score || Boolean(reason && reason.value && !named.includes(reason.value));
+    }
+    if (count) count.textContent = `${cards.filter((card) => !card.hidden).length} of ${cards.length} shown`;
+  };
+
+  for (const box of boxes) {
     box.addEventListener("change", () => {
       for (const figure of gallery.querySelectorAll("figure[data-region]")) {
         if (figure.dataset.region === box.value) figure.style.display = box.checked ? "" : "none";
       }
+      filter();
     });
   }
+  if (least) least.addEventListener("input", filter);
+  if (reason) reason.addEventListener("change", filter);
+  filter();
+  controls.hidden = false;
+}
+for (const listing of document.querySelectorAll(".listing")) {
+  const controls = listing.querySelector(".controls");
+  if (!controls) continue;
+  const chosen = controls.querySelector("select");
+  const rows = [...listing.querySelectorAll("tbody tr")];
+  const filter = () => {
+    for (const row of rows) {
+      row.hidden = Boolean(chosen.value) && row.cells[Number(listing.dataset.by)].textContent !== chosen.value;
+    }
+    controls.querySelector("output").textContent = `${rows.filter((row) => !row.hidden).length} of ${rows.length} shown`;
+  };
+  chosen.addEventListener("change", filter);
+  filter();
   controls.hidden = false;
 }

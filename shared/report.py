@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from itertools import cycle
 from typing import Any
@@ -11,12 +12,13 @@ import numpy as np
 
 from shared.charts import Row, arms_chart, confusion_matrix, duration_bars, histogram, interval_chart, line_chart
 from shared.gallery import Case, Example, cases, gallery, story, wordings
-from shared.page import Made, Section, chips, commands, lineage, lines, page, table
+from shared.page import Made, Section, chips, commands, lineage, lines, listing, page, table
 
 __all__ = [
     "ONE_BRAIN",
     "Case",
     "Example",
+    "LeftOut",
     "Made",
     "Section",
     "audit_report",
@@ -38,6 +40,21 @@ ONE_BRAIN = "One template brain shows that the pipeline runs, not that pretraini
 _MARKS = {"identical": ("ok", "✓"), "tolerant": ("ok", "✓"), "unrecomputable": ("open", "–")}
 
 
+@dataclass(frozen=True)
+class LeftOut:
+    """An image that was quarantined.
+
+    Attributes:
+        sample_id: As published.
+        reason: Its code.
+        message: What went wrong, in a line.
+    """
+
+    sample_id: str
+    reason: str
+    message: str
+
+
 def localize_report(
     *,
     prompts: Mapping[str, Sequence[str]],
@@ -46,6 +63,9 @@ def localize_report(
     quarantined: Mapping[str, int],
     facts: Mapping[str, object],
     warnings: Sequence[str] = (),
+    scores: Mapping[str, Sequence[float]] | None = None,
+    measured: int | None = None,
+    left_out: Sequence[LeftOut] = (),
 ) -> str:
     """Report of stage 1.
 
@@ -56,12 +76,16 @@ def localize_report(
         quarantined: Reason -> images left out.
         facts: Counts, settings and throughput worth a glance.
         warnings: What a reader should act upon.
+        scores: Region -> best score of each image where it has a box, in [0, 1].
+        measured: Images that the worst were chosen among.
+        left_out: Some of the quarantined images.
     """
+    chosen = f"Some evenly spread, and the worst of the {measured} images measured: each says why." if measured else ""
     sections = [
         Section("What was asked", wordings(prompts), "A region's map is the maximum over its wordings."),
-        Section("What was found", gallery(examples)),
-        _coverage(coverage),
-        _left_out(quarantined, warnings),
+        Section("What was found", (f'<p class="lead">{chosen}</p>' if chosen else "") + gallery(examples)),
+        _coverage(coverage, scores),
+        _left_out(quarantined, warnings, left_out),
     ]
     return page(
         "Region store", "Text prompts turned into a probability map for each image and region.", sections, facts
@@ -236,20 +260,33 @@ def _scores(arms: Mapping[str, Sequence[Row]]) -> str:
     return table(("score (95 % interval)", *arms), rows)
 
 
-def _coverage(coverage: Mapping[str, Sequence[float]]) -> Section:
-    rows = [
+def _coverage(coverage: Mapping[str, Sequence[float]], scores: Mapping[str, Sequence[float]] | None = None) -> Section:
+    rows: list[tuple[object, ...]] = [
         (name, len(shares), sum(share == 0 for share in shares), f"{np.median(shares):.1%}" if len(shares) else "none")
         for name, shares in coverage.items()
     ]
-    charts = "".join(
-        f"<figure><h3>{escape(name)}</h3>{histogram(shares, x_label='share of the image', style=place)}</figure>"
-        for place, (name, shares) in zip(cycle(range(1, 6)), coverage.items(), strict=False)
-    )
-    body = table(("region", "images", "empty maps", "median share"), rows)
+    columns: tuple[str, ...] = ("region", "images", "empty maps", "median share")
+    charts, styles = "", dict(zip(coverage, cycle(range(1, 6)), strict=False))
+    for name, shares in coverage.items():
+        told = histogram(shares, x_label="share of the image", style=styles[name])
+        charts += f"<figure><h3>{escape(name)}</h3>{told}</figure>"
+        if scores is not None:
+            told = histogram(scores[name], x_label="best score", style=styles[name], percent=False)
+            charts += f"<figure><h3>{escape(name)}, best score</h3>{told}</figure>"
+    heading = "How much of the images each region covers"
+    note = "Share: pixels at a probability of 0.5 or more. Empty: no such pixel. Columns count images."
+    if scores is not None:
+        columns += ("images with a box", "median best score")
+        rows = [
+            (*row, len(scores[name]), f"{np.median(scores[name]):.2f}" if len(scores[name]) else "none")
+            for row, name in zip(rows, coverage, strict=True)
+        ]
+        heading += ", and how sure its boxes are"
+        note += " Best score: of an image's boxes for the region, where it has one."
     return Section(
-        "How much of the images each region covers",
-        f'{body}<br><div class="row wide">{charts}</div>',
-        "Share: pixels at a probability of 0.5 or more. Empty: no such pixel. Columns count images.",
+        heading,
+        f'{table(columns, rows)}<br><div class="row {"pairs" if scores is not None else "wide"}">{charts}</div>',
+        note,
     )
 
 
@@ -265,9 +302,15 @@ def _beside(charts: Sequence[str]) -> str:
     return f'<div class="row wide">{"".join(f"<div>{chart}</div>" for chart in charts)}</div>'
 
 
-def _left_out(quarantined: Mapping[str, int], warnings: Sequence[str]) -> Section:
+def _left_out(quarantined: Mapping[str, int], warnings: Sequence[str], left_out: Sequence[LeftOut] = ()) -> Section:
     body = table(("reason", "images"), sorted(quarantined.items())) if quarantined else ""
     body += lines(warnings)
+    if left_out:
+        total = max(sum(quarantined.values()), len(left_out))
+        told = f"{len(left_out)} of {total} images left out" if len(left_out) < total else "Images left out"
+        rows = [(item.sample_id, item.reason, item.message) for item in left_out]
+        body += f"<br><h3>{told}</h3>{listing(('image', 'reason', 'message'), rows, by=1)}"
+        body += '<p class="note">All are in quarantine.jsonl.</p>' if len(left_out) < total else ""
     return Section("Left out and noticed", body or '<p class="muted">Nothing was left out; no warnings.</p>')
 
 

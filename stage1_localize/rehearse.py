@@ -25,14 +25,13 @@ from shared.runlog import duration
 from shared.workspace import look
 from stage1_localize.answer import Answer, Failure, answer, read
 from stage1_localize.config import LocalizeConfig
+from stage1_localize.examples import EXAMPLES_MAX
 from stage1_localize.job import even_micro_batch, inputs_of, specify
 from stage1_localize.parts import Parts, build_parts, resolve
 
 _LINES_BYTES = 700
 """A sample's lines in the store's and the corpus' lists; measured."""
 _CARD_BYTES = 12_000
-_EXAMPLES = 8
-"""Of the store's report."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +108,9 @@ def rehearse(
     stored = [_stored_bytes(maps) for maps in answers.values()]
     per_row = float(np.mean(stored)) + _LINES_BYTES
     disk = (
-        int(per_row * len(sources)) + _report_bytes(config, seen, answers, min(_EXAMPLES, len(sources))) + _CARD_BYTES
+        int(per_row * len(sources))
+        + _report_bytes(config, seen, answers, min(EXAMPLES_MAX, len(sources)))
+        + _CARD_BYTES
     )
     memory = peak_bytes() if config.workers == 0 else workers * peak_bytes() + parent_bytes
     process = "in this process" if config.workers == 0 else f"{workers} worker{'s' * (workers > 1)}"

@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from playwright.sync_api import Browser, Page, Route, sync_playwright
 
+from shared.report import Example, LeftOut, localize_report
 from tests.conftest import lacking
 from tests.pipelines.conftest import Chain
 
@@ -185,7 +187,102 @@ def test_slider_and_checkboxes_change_what_is_shown_by_keyboard_alone(browser: B
         assert opened.complaints == []
 
 
-def test_without_its_script_a_page_shows_the_same_pictures(browser: Browser, pages: dict[str, Path]) -> None:
+EVIL = "<script>absent()</script><img src=x>"
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A region store's page of four images, told apart by scores and reasons, and of five that were left out."""
+    y, x = np.mgrid[0:32, 0:32] / 32
+    whys = [{"evenly spread": ""}, {"low score": "core 0.20"}, {"low score": "", EVIL: ""}, {"nothing found": ""}]
+    scores = [{"core": 0.9, "rim": 0.4}, {"core": 0.2, "rim": 0.7}, {"rim": 0.5}, {}]
+    examples = [
+        Example(f"case-{place}", (x * y)[None], {"core": x, "rim": y}, why=why, scores=found)
+        for place, (why, found) in enumerate(zip(whys, scores, strict=True))
+    ]
+    left_out = [LeftOut(f"{EVIL}{place}", ("decode_failed", "too_large")[place % 2], EVIL) for place in range(5)]
+    path = tmp_path_factory.mktemp("planted") / "report.html"
+    path.write_text(
+        localize_report(
+            prompts={"core": ["core"], "rim": ["rim"]},
+            examples=examples,
+            coverage={"core": [0.5] * 4, "rim": [0.5] * 4},
+            scores={"core": [0.9, 0.2], "rim": [0.4, 0.7, 0.5]},
+            quarantined={"decode_failed": 30, "too_large": 2},
+            left_out=left_out,
+            measured=4,
+            facts={},
+        )
+    )
+    return path
+
+
+def cards(page: Page) -> list[str]:
+    return [name[-1] for name in page.locator(".case:visible h3").all_text_contents()]
+
+
+def test_images_are_filtered_by_score_reason_and_region(browser: Browser, planted: Path) -> None:
+    with Opened(browser, planted) as opened:
+        page = opened.page
+        count, why, least = page.locator(".gallery .count"), page.locator(".gallery select"), page.locator(".least")
+        assert cards(page) == ["0", "1", "2", "3"]
+        assert count.text_content() == "4 of 4 shown"
+
+        why.select_option("low score")
+        assert cards(page) == ["1", "2"]
+        assert count.text_content() == "2 of 4 shown"
+        why.select_option(EVIL)
+        assert cards(page) == ["2"]
+        why.select_option("")
+
+        least.fill("60")
+        assert cards(page) == ["0", "1"]
+        assert page.locator(".least-told").text_content() == "best of 0.60 or more"
+        page.locator('.gallery input[value="rim"]').click()  # then only the other region's scores count
+        assert cards(page) == ["0"]
+        assert count.text_content() == "1 of 4 shown"
+        why.select_option("low score")
+        assert cards(page) == []
+        least.fill("0")
+        assert cards(page) == ["1", "2"]
+        why.select_option("")
+        page.locator('.gallery input[value="rim"]').click()
+        assert cards(page) == ["0", "1", "2", "3"]
+        assert opened.complaints == []
+
+
+def test_what_was_left_out_is_filtered_by_reason_and_its_ids_run_nothing(browser: Browser, planted: Path) -> None:
+    with Opened(browser, planted) as opened:
+        page = opened.page
+        rows = page.locator(".listing tbody tr:visible")
+        assert rows.count() == 5
+        assert rows.first.locator("td").all_text_contents() == [f"{EVIL}0", "decode_failed", EVIL]
+        page.locator(".listing select").select_option("too_large")
+        assert rows.count() == 2
+        assert page.locator(".listing .count").text_content() == "2 of 5 shown"
+        page.locator(".listing select").select_option("")
+        assert rows.count() == 5
+        assert page.get_by_text("5 of 32 images left out").is_visible()
+        assert page.locator("img[src=x]").count() == 0
+        assert opened.complaints == []
+
+
+def test_a_scale_stays_on_one_line_on_a_phone(browser: Browser, planted: Path) -> None:
+    with Opened(browser, planted, viewport={"width": 340, "height": 800}) as opened:
+        scale = opened.page.locator(".key-bar .unbroken").bounding_box()
+        assert scale is not None
+        assert scale["height"] < 30
+        assert opened.page.evaluate(OVERFLOW) == []
+
+
+def test_without_its_script_every_image_and_row_is_shown(browser: Browser, planted: Path) -> None:
+    with Opened(browser, planted, java_script_enabled=False) as opened:
+        assert cards(opened.page) == ["0", "1", "2", "3"]
+        assert opened.page.locator(".listing tbody tr:visible").count() == 5
+        assert opened.page.locator(".controls:visible").count() == 0
+
+
+def test_without_its_script_a_page_a_page_shows_the_same_pictures(browser: Browser, pages: dict[str, Path]) -> None:
     with Opened(browser, pages["region-store"], java_script_enabled=False) as opened:
         assert shown(opened.page, "core") > 0
         assert not opened.page.locator(".controls").is_visible()

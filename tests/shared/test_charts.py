@@ -110,3 +110,10 @@ def test_durations_follow_one_another() -> None:
     assert "left:0.00%;right:25.00%" in html
     assert "left:75.00%;right:0.00%" in html
     assert duration_bars([("a", 0.0)]) == NOTHING
+
+
+def test_a_histogram_of_scores_has_no_percentages() -> None:
+    drawn = histogram([0.1, 0.12], x_label="best score", percent=False)
+    assert "<title>0.1 to 0.15: 2</title>" in drawn
+    assert "%" not in drawn
+    assert "<title>10% to 15%: 2</title>" in histogram([0.1, 0.12], x_label="share")

@@ -9,6 +9,7 @@ from shared.report import (
     ONE_BRAIN,
     Case,
     Example,
+    LeftOut,
     Made,
     Section,
     audit_report,
@@ -70,7 +71,15 @@ def check(html: str) -> None:
 @pytest.fixture
 def example() -> Example:
     y, x = np.mgrid[0:64, 0:80] / 80
-    return Example(EVIL, (x * y)[None], {EVIL: x, "b": y}, np.eye(5, dtype=bool), (y * y)[None])
+    return Example(
+        EVIL,
+        (x * y)[None],
+        {EVIL: x, "b": y},
+        np.eye(5, dtype=bool),
+        (y * y)[None],
+        why={EVIL: EVIL, "other": ""},
+        scores={EVIL: 0.5},
+    )
 
 
 def tour(examples: list[Example]) -> str:
@@ -102,6 +111,9 @@ def test_every_report_is_whole_escaped_and_asks_for_nothing(example: Example) ->
             quarantined={EVIL: 2},
             facts={EVIL: EVIL},
             warnings=[EVIL],
+            scores={EVIL: [0.25, 0.75], "b": []},
+            measured=7,
+            left_out=[LeftOut(EVIL, EVIL, EVIL), LeftOut("a", "b", "c")],
         ),
         pretrain_report(curves=LINES, hidden=LINES, examples=[example], facts={"a": 1}, settings={EVIL: EVIL}),
         finetune_report(
@@ -173,6 +185,23 @@ def test_a_gallery_carries_maps_only_for_its_slider(example: Example) -> None:
     assert gallery([example]).count("data-map=") == 2
     assert "data-map" not in gallery([example], controls=False)
     assert 'class="controls" hidden' in gallery([example])  # shown by the script alone
+
+
+def test_a_gallery_says_why_an_image_is_shown_and_how_sure_its_boxes_are(example: Example) -> None:
+    html = gallery([example])
+    assert 'data-why="other"><b>other</b></span>' in html
+    assert '<option value="other">' in html
+    assert ">score 0.50<" in html
+    assert ">no box<" in html
+    bare = gallery([Example("a", example.image, {"r": example.maps["b"]})])
+    for absent in ("score", "data-why", "<select", "shown"):
+        assert absent not in bare
+
+
+def test_a_scale_is_not_broken_over_two_lines(example: Example) -> None:
+    assert re.search(
+        r'<span class="unbroken">0 <span class="ramp"[^>]*></span> 1 probability</span>', gallery([example])
+    )
 
 
 def test_an_audit_says_first_what_did_not_pass() -> None:

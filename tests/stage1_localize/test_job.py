@@ -91,7 +91,9 @@ def test_what_is_published_is_whole_and_floatless(whole: RegionStore) -> None:
 
 def test_the_report_shows_what_was_asked_and_found(whole: RegionStore) -> None:
     page = (whole.path / "report.html").read_text()
-    assert page.count("<img") == 8 * 3
+    assert page.count('data-why="evenly spread"') == 8
+    assert page.count('data-why="unusual coverage"') == 2
+    assert page.count("<img") == 3 * page.count('<div class="case">')
     for said in ("spot", "hill", "disc", ">cone<", ">nothing<", "000.png", "019.png", "20 images"):
         assert said in page
 
