@@ -41,7 +41,7 @@ def score(
     _refuse_out(out)
     opened = open_region_store(store)
     sources = find_sources(images) if images is not None else []
-    truth = join_labels(opened, labels, sources=sources, mapping=map_ or (), ignore=ignore or ())
+    truth = join_labels(opened, labels, sources=sources, mapping=map_ or (), ignore=ignore or (), exhaustive=exhaustive)
     for warning in truth.warnings:
         typer.echo(f"warning: {warning}", err=True)
     scores, measured = score_store(opened, truth, exhaustive=exhaustive)
@@ -52,6 +52,8 @@ def score(
     for region, found in scores.items():
         told = [f"{name} {_told(found[key])}" for key, name in _SHOWN.items() if key in found]
         told += [f"{found[key]} images {name}" for key, name in _COUNTED.items() if found[key]]
+        alone = found["groups"] == 1
+        told.append("one group: its intervals say nothing" if alone else f"{found['groups']} groups")
         typer.echo(f"{region}: {', '.join(told)}")
     if out is not None:
         typer.echo(f"where: {out}")

@@ -55,6 +55,7 @@ def join_labels(
     sources: Sequence[Source] = (),
     mapping: Sequence[str] = (),
     ignore: Sequence[str] = (),
+    exhaustive: bool = False,
 ) -> Truth:
     """Read labels and find out what they say of a store.
 
@@ -64,6 +65,7 @@ def join_labels(
         sources: The store's images, where the labels name files that the store knows by pseudonym.
         mapping: ``region=category``, several for one region unite; without any, names that are alike belong together.
         ignore: Categories whose places are left out of every score.
+        exhaustive: Whether an image without an annotation of a region does not hold it; else it says nothing.
 
     Raises:
         InputMissingError: No such file.
@@ -92,6 +94,11 @@ def join_labels(
     used = {name for names in categories.values() for name in names}
     if used & ignored:
         raise UsageError(f"category '{min(used & ignored)}' is both scored and ignored")
+    if not exhaustive and not any(thing.region in used for item in rows.values() for thing in item.things):
+        raise UsageError(
+            f"labels {labels.name}: no annotation of {', '.join(categories)} on an image of the store",
+            hint="where no annotation means not there, say --exhaustive; else see --map",
+        )
     warnings = list(read.warnings)
     if left:
         warnings.append(f"not scored, for no category of the labels has their name: {', '.join(left)}")
@@ -146,7 +153,10 @@ def _categories(
     for entry in mapping:
         region, mark, category = (part.strip() for part in entry.partition("="))
         if not (mark and region and category):
-            raise UsageError(f"--map '{entry}': expected region=category", hint="e.g. --map tumour=Tumor")
+            raise UsageError(
+                f"--map '{entry}': expected region=category",
+                hint=f"regions of the store: {', '.join(regions)}; categories: {', '.join(categories)}",
+            )
         region = _known(region, regions, f"--map '{entry}': region '{region}'", "the store")
         category = _known(category, categories, f"--map '{entry}': category '{category}'")
         if category not in given.setdefault(region, []):
@@ -172,7 +182,8 @@ def _known(name: str, names: Sequence[str], what: str, where: str = "the labels"
     for known in names:
         if known == name or _plain(known) == _plain(name):
             return known
-    near = difflib.get_close_matches(name, names, n=1)
+    folded = {_plain(known): known for known in names}
+    near = [folded[close] for close in difflib.get_close_matches(_plain(name), folded, n=1)]
     raise UsageError(
         f"{what}: not in {where}",
         hint=f"did you mean '{near[0]}'?" if near else f"known: {', '.join(names)}",

@@ -119,7 +119,7 @@ def _page(
         Section("Further scores", _table(scores)),
         Section(
             "Dice, were the maps cut elsewhere",
-            line_chart(curves, x_label="threshold", y_label="Dice") if curves else "",
+            line_chart(curves, x_label="threshold", y_label="Dice", zero=True) if curves else "",
             "Only the value at 0.5 is a score. The best of a curve was chosen on the labels it is measured on: "
             "to use another threshold, choose it on some images and measure it on others.",
         ),
