@@ -70,15 +70,15 @@ def test_truth_is_what_covers_a_map_pixel_by_half_or_more(tmp_path: Path) -> Non
             ["spot"],
             [],
             "--map 'spot': expected region=category",
-            "regions of the store: spot; categories: tumour, scar",
+            "regions: spot; categories: tumour, scar",
         ),
-        (["spto=tumour"], [], "region 'spto': not in the store", "did you mean 'spot'?"),
+        (["spto=tumour"], [], "region 'spto': no such region", "did you mean 'spot'?"),
         (["spot=tumor"], [], "category 'tumor': not in the labels", "did you mean 'tumour'?"),
         (["spot=Tumuor"], [], "category 'Tumuor': not in the labels", "did you mean 'tumour'?"),
         (["spot=zzz"], [], "category 'zzz': not in the labels", "known: tumour, scar"),
         (["spot=tumour"], ["scra"], "--ignore 'scra': not in the labels", "did you mean 'scar'?"),
         (["spot=tumour"], ["tumour"], "category 'tumour' is both scored and ignored", ""),
-        ([], [], "no region of the store (spot) is a category of the labels", "--map 'spot=tumour'"),
+        ([], [], "no region (spot) is a category of the labels", "--map 'spot=tumour'"),
     ],
 )
 def test_names_that_are_not_known_are_told_with_what_is_near(
