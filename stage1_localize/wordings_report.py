@@ -8,12 +8,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from shared.artifact import write_atomic
 from shared.charts import arms_chart
-from shared.figures import REGION_COLOURS, contour, paint, picture
+from shared.figures import REGION_COLOURS, paint, picture
 from shared.page import Section, lines, page, table
+from stage1_localize.score_report import draw_truth
 from stage1_localize.wordings import Pictured
 
 WORDINGS = "wordings.json"
@@ -21,7 +20,6 @@ REPORT = "report.html"
 _PICTURES_MAX = 64
 _PANELS_MAX = 6
 _SIDE_PX = 256
-_TRUTH = (255, 255, 255)
 
 
 def write_wordings(out: Path, told: Mapping[str, Any], pictured: Sequence[Pictured]) -> None:
@@ -97,7 +95,7 @@ def _region(name: str, region: Mapping[str, Any], pictured: Sequence[Pictured], 
     if asked and pictured:
         note = "Tint: the wording's map, its line at 0.5."
         if any(name in item.truth for item in pictured):
-            note += " White line: the labels."
+            note += " Blue line: the labels."
         yield Section(f"{name}: pictures", _pictures(name, list(asked), pictured, place), note)
 
 
@@ -110,15 +108,15 @@ def _pictures(name: str, texts: Sequence[str], pictured: Sequence[Pictured], pla
             shown = item.maps[name, text]
             drawn = paint(item.pixels, [(shown, colour)], side_px=_SIDE_PX)
             if name in item.truth:
-                drawn = contour(drawn, item.truth[name].astype(np.float32), _TRUTH)
+                drawn = draw_truth(drawn, item.truth[name])
             share = f"{100 * float((shown >= 0.5).mean()):.1f} % of the image"
             figures += (
                 f"<figure>{picture(drawn, f'{item.sample_id}: {text}')}<figcaption><b>{escape(text)}</b><br>{share}"
                 "</figcaption></figure>"
             )
-        rows += f'<div><h3>{escape(item.sample_id)}</h3><div class="row">{figures}</div></div>'
+        rows += f'<div class="case"><h3>{escape(item.sample_id)}</h3><div class="row">{figures}</div></div>'
     panels = min(len(texts), _PANELS_MAX)
-    return f'<div style="--panels:{panels};--phone:{min(panels, 2)}">{rows}</div>'
+    return f'<div class="cases" style="--panels:{panels};--phone:{min(panels, 2)}">{rows}</div>'
 
 
 def _triple(triple: Sequence[float]) -> str:

@@ -130,7 +130,6 @@ def test_every_mistake_is_one_line_and_a_hint(made: Path, mwm, tmp_path: Path) -
         (["--labels", labels, "--ignore", "Rnig"], "not in the labels"),
         (["--labels", labels, "--map", "square=ring"], "no annotation of ring"),
         (["--labels", labels, "--out", made / "store"], "artifact"),
-        (["--labels", labels, "--images", tmp_path / "nowhere"], "nowhere"),
         ([], "--labels"),
     ):
         code, out, err = mwm("score", made / "store", *arguments)
@@ -158,3 +157,75 @@ def test_pictures_skip_an_image_that_changed_since(made: Path, mwm, tmp_path: Pa
     )
     assert code == 0
     assert (tmp_path / "o" / "report.html").read_text().count("<img") == COUNT - 2
+
+
+def wordings(made: Path, *more: object) -> list[object]:
+    planted = ["--set", "grounder.name=planted", "--set", "segmenter.name=none", "--set", "grid_px=64"]
+    return ["wordings", "--images", made / "images", *planted, *more]
+
+
+def test_wordings_are_compared_on_the_command_line(made: Path, mwm, tmp_path: Path) -> None:
+    asked = ["--set", "regions.square=[disc, cone, tumour, nothing]"]
+    code, out, _ = mwm(*wordings(made, *asked, "--labels", made / "coco.json", "--out", tmp_path / "words"))
+    assert code == 0
+    lines = out.splitlines()
+    assert len(lines) == 4 + 3 + 2
+    assert lines[0].startswith("square: 'disc': found in 100%, mean 0.0")
+    assert "Dice 0.89" in lines[0]
+    assert lines[2] == "square: 'tumour': refused; known: disc, cone, box, nothing"
+    assert lines[4].startswith("square: 'disc' / 'cone': Dice 0.4")
+    assert lines[5].startswith("square: 'disc' / 'nothing': Dice 0.000")
+    told = json.loads((tmp_path / "words" / "wordings.json").read_text())
+    assert told["images"] == COUNT - 1
+    code, out, _ = mwm(*wordings(made, *asked, "--count", 2, "--seed", 3, "--json"))
+    assert code == 0
+    told = json.loads(out)
+    assert (told["images"], told["seed"]) == (2, 3)
+    assert "dice" not in told["regions"]["square"]["wordings"]["disc"]
+
+
+def test_the_page_of_wordings_stands_alone(made: Path, mwm, tmp_path: Path) -> None:
+    found = shutil.which("chromium")
+    if found is None:
+        lacking("chromium not found: apt-get install chromium")
+    asked = [
+        "--set",
+        "regions.square=[disc, cone, tumour]",
+        "--labels",
+        made / "coco.json",
+        "--out",
+        tmp_path / "words",
+    ]
+    assert mwm(*wordings(made, *asked))[0] == 0
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox", "--disable-gpu"])
+        with Opened(browser, tmp_path / "words" / "report.html", viewport={"width": 400, "height": 800}) as opened:
+            for width in (400, 1280):
+                opened.page.set_viewport_size({"width": width, "height": 800})
+                assert opened.page.evaluate(OVERFLOW) == []
+            assert opened.page.evaluate(FAINT)[1] == []
+            assert opened.page.locator("img").count() == 2 * (COUNT - 1)
+            assert opened.complaints == []
+        browser.close()
+
+
+def test_every_mistake_in_comparing_wordings_is_one_line_and_a_hint(made: Path, mwm, tmp_path: Path) -> None:
+    pair = ["--set", "regions.square=[disc, cone]"]
+    for arguments, told in (
+        (["--set", "regions.square=disc"], "one wording"),
+        (["--set", "regions.square=[lesion, tumour]"], "not in the vocabulary"),
+        (["--set", "regions.square=[disc, disc]"], "given twice"),
+        ([], "regions"),
+        ([*pair, "--labels", tmp_path / "absent.json"], "no such file"),
+        ([*pair, "--labels", made / "coco.json", "--map", "square=Squar"], "not in the labels"),
+        ([*pair, "--labels", made / "coco.json", "--map", "sqare=Square"], "no such region"),
+        ([*pair, "--out", made / "store"], "artifact"),
+        ([*pair, "--count", "0"], "--count"),
+    ):
+        code, out, err = mwm(*wordings(made, *arguments))
+        errors = [line for line in err.splitlines() if line.startswith("error[")]
+        assert (code, out, len(errors)) == (2, "", 1), (arguments, err)
+        assert told in err
+    code, _, err = mwm("wordings", "--images", tmp_path / "nowhere", *pair)
+    assert code == 2
+    assert "nowhere" in err

@@ -120,6 +120,13 @@ def test_a_box_is_hit_once_and_only_at_half_overlap(tmp_path: Path) -> None:
     assert told["recall"][0] == pytest.approx(2 / 3, abs=1e-4)
 
 
+def test_precision_at_a_recall_is_the_best_at_that_or_more(tmp_path: Path) -> None:
+    a, b, far = (4, 4, 20, 20), (30, 30, 50, 50), (40, 2, 60, 12)
+    boxes = [(far, 0.9, "spot"), (a, 0.8, "spot"), (b, 0.7, "spot")]  # precision 1/2 at a recall of 1/2, then 2/3
+    told = score(tmp_path, [Planted(boxes=boxes)], [(0, "spot", a), (0, "spot", b)])
+    assert told["average_precision"][0] == pytest.approx(2 / 3, abs=1e-4)
+
+
 def test_equal_scores_have_no_order(tmp_path: Path) -> None:
     true, far = (4, 4, 20, 20), (40, 40, 60, 60)
     for place, boxes in enumerate(([true, far], [far, true])):
