@@ -40,6 +40,7 @@ app.command("fit-grounder", cls=settings_help("stage1_localize.fit_config:FitGro
 app.command("run")(stage_commands.run_)
 app.command()(tool_commands.audit)
 app.command()(quality_commands.score)
+app.command(cls=settings_help("stage1_localize.config:LocalizeConfig"))(quality_commands.wordings)
 app.command()(tool_commands.inspect)
 app.command()(tool_commands.repair)
 app.command()(tool_commands.migrate)

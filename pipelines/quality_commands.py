@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pipelines.options import AsJson, Quiet, Verbose, check_artifact, print_json
+from pipelines.options import AsJson, Images, Quiet, Recipe, Set, Verbose, check_artifact, print_json, read_config
 
 
 def score(
@@ -41,7 +41,7 @@ def score(
     _refuse_out(out)
     opened = open_region_store(store)
     sources = find_sources(images) if images is not None else []
-    truth = join_labels(opened, labels, sources=sources, mapping=map_ or (), ignore=ignore or ())
+    truth = join_labels(opened, labels, sources=sources, mapping=map_ or (), ignore=ignore or (), exhaustive=exhaustive)
     for warning in truth.warnings:
         typer.echo(f"warning: {warning}", err=True)
     scores, measured = score_store(opened, truth, exhaustive=exhaustive)
@@ -52,7 +52,57 @@ def score(
     for region, found in scores.items():
         told = [f"{name} {_told(found[key])}" for key, name in _SHOWN.items() if key in found]
         told += [f"{found[key]} images {name}" for key, name in _COUNTED.items() if found[key]]
+        alone = found["groups"] == 1
+        told.append("one group: its intervals say nothing" if alone else f"{found['groups']} groups")
         typer.echo(f"{region}: {', '.join(told)}")
+    if out is not None:
+        typer.echo(f"where: {out}")
+        typer.echo(f"next: open {out / 'report.html'}")
+    return None
+
+
+def wordings(
+    images: Images,
+    recipe: Recipe = "default",
+    set_: Set = None,
+    labels: Annotated[Path | None, typer.Option(help="COCO JSON with outlines: then each wording has a Dice.")] = None,
+    map_: Annotated[
+        list[str] | None, typer.Option("--map", help="region=category of the labels; repeatable, several unite.")
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, max=4096, help="Images to try, spread over the corpus.")] = 32,
+    seed: Annotated[int, typer.Option(min=0, help="Of the choice of images and of the intervals.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Also write report.html and wordings.json in this folder.")] = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
+    """Compare wordings of a region, each asked alone: where they agree, and with labels which is right."""
+    from shared.images import find_sources
+    from stage1_localize.config import LocalizeConfig
+    from stage1_localize.wordings import compare_wordings
+    from stage1_localize.wordings_report import write_wordings
+
+    config = read_config(LocalizeConfig, recipe, "localize", set_)
+    _refuse_out(out)
+    told, pictured = compare_wordings(
+        config, find_sources(images), count=count, labels=labels, mapping=map_ or (), seed=seed
+    )
+    for warning in told["warnings"]:
+        typer.echo(f"warning: {warning}", err=True)
+    if out is not None:
+        write_wordings(out, told, pictured)
+    if as_json:
+        return print_json(told)
+    for name, region in told["regions"].items():
+        for text, row in region["wordings"].items():
+            if "refused" in row:
+                typer.echo(f"{name}: '{text}': refused; {row['hint'] or row['refused']}")
+                continue
+            dice = f", Dice {_told(row['dice'])}" if "dice" in row else ""
+            typer.echo(f"{name}: '{text}': found in {row['found_share'][0]:.0%}, mean {row['mass'][0]:.4f}{dice}")
+        for pair in region["pairs"]:
+            agreed = f"Dice {_told(pair['dice'])}" if "dice" in pair else "neither finds anything"
+            typer.echo(f"{name}: {' / '.join(map(repr, pair['wordings']))}: {agreed}")
     if out is not None:
         typer.echo(f"where: {out}")
         typer.echo(f"next: open {out / 'report.html'}")

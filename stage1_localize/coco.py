@@ -112,13 +112,16 @@ def read_coco(path: Path, sources: Sequence[Source] | None) -> CocoLabels:
     if reader.problems:
         shown = "; ".join(reader.problems[:_SHOWN])
         more = f"; and {len(reader.problems) - _SHOWN} more" if len(reader.problems) > _SHOWN else ""
-        raise UsageError(f"labels {path.name}: {len(reader.problems)} problems: {shown}{more}", hint=reader.hint)
+        raise UsageError(
+            f"labels {path.name}: {len(reader.problems)} problems: {shown}{more}",
+            hint=reader.hint or "mend the file; ids are its own",
+        )
     return labels
 
 
 def _parse(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise InputMissingError(f"labels {path}: no such file")
+        raise InputMissingError(f"labels {path}: no such file", hint="--labels takes a COCO JSON file")
     size = path.stat().st_size
     if size > LABELS_BYTES_MAX:
         raise UsageError(f"labels {path.name}: {size} bytes, at most {LABELS_BYTES_MAX}")

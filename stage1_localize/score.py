@@ -144,6 +144,8 @@ def _pixels(
         tally.add("false_pixels", group, above[_HALF] / pixels)
         return None
     total = int(true.sum())
+    if not total:  # ignored as a whole, or lost between map pixels: finding nothing is no merit here
+        return None
     both, found = int(shared[_HALF]), int(above[_HALF])
     dice = _ratio(2 * both, found + total)
     tally.add("dice", group, dice)
@@ -151,8 +153,7 @@ def _pixels(
     tally.add("soft_dice", group, _ratio(float(2 * (_LEVELS @ inside) / 254), float((_LEVELS @ every) / 254 + total)))
     tally.add("coverage", group, found / pixels)
     tally.add("true_coverage", group, total / pixels)
-    if total:
-        tally.add("found_share", group, both / total)
+    tally.add("found_share", group, both / total)
     if found:
         tally.add("outside_share", group, 1 - both / found)
     levels = [int(np.floor(254 * np.float32(t) + np.float32(0.5))) for t in THRESHOLDS]

@@ -55,6 +55,7 @@ def join_labels(
     sources: Sequence[Source] = (),
     mapping: Sequence[str] = (),
     ignore: Sequence[str] = (),
+    exhaustive: bool = False,
 ) -> Truth:
     """Read labels and find out what they say of a store.
 
@@ -64,6 +65,7 @@ def join_labels(
         sources: The store's images, where the labels name files that the store knows by pseudonym.
         mapping: ``region=category``, several for one region unite; without any, names that are alike belong together.
         ignore: Categories whose places are left out of every score.
+        exhaustive: Whether an image without an annotation of a region does not hold it; else it says nothing.
 
     Raises:
         InputMissingError: No such file.
@@ -92,6 +94,11 @@ def join_labels(
     used = {name for names in categories.values() for name in names}
     if used & ignored:
         raise UsageError(f"category '{min(used & ignored)}' is both scored and ignored")
+    if not exhaustive and not any(thing.region in used for item in rows.values() for thing in item.things):
+        raise UsageError(
+            f"labels {labels.name}: no annotation of {', '.join(sorted(used))} on an image of the store",
+            hint="where no annotation means not there, say --exhaustive; else see --map",
+        )
     warnings = list(read.warnings)
     if left:
         warnings.append(f"not scored, for no category of the labels has their name: {', '.join(left)}")
@@ -103,6 +110,55 @@ def join_labels(
     if quarantined:
         warnings.append(f"{quarantined} labelled images were quarantined and have no maps: they are not scored")
     return Truth(read, rows, categories, ignored, quarantined, elsewhere, tuple(warnings))
+
+
+@dataclass(frozen=True)
+class Annotated:
+    """Labels joined with images that no store holds yet: by sample id, of those on which a region is annotated."""
+
+    by_sample: Mapping[str, Labelled]
+    categories: Mapping[str, tuple[str, ...]]
+    warnings: tuple[str, ...]
+
+
+def label_sources(
+    labels: Path, sources: Sequence[Source], regions: Sequence[str], mapping: Sequence[str] = ()
+) -> Annotated:
+    """Read labels and find the images of which they say something, with outlines.
+
+    Args:
+        labels: COCO JSON; ``file_name`` is a sample id, or what the user calls the file.
+        sources: The images.
+        regions: Names asked for.
+        mapping: As `join_labels`.
+
+    Raises:
+        InputMissingError: No such file.
+        UsageError: Labels that do not hold together, have no outlines, or speak of none of these images or regions.
+    """
+    read = read_coco(labels, None)
+    categories, left = _categories(regions, read.regions, mapping)
+    boxes = [region for region, names in categories.items() if not set(names) <= read.outlined]
+    categories = {region: names for region, names in categories.items() if region not in boxes}
+    if not categories:
+        raise UsageError(
+            f"labels {labels.name}: no outlines of {', '.join(boxes)}",
+            hint="maps are compared with outlines, not boxes",
+        )
+    used = {name for names in categories.values() for name in names}
+    ids = {unicodedata.normalize("NFC", s.known_as): s.sample_id for s in sources if s.known_as}
+    ids |= {source.sample_id: source.sample_id for source in sources}
+    named = {ids[item.source.sample_id]: item for item in read.images if item.source.sample_id in ids}
+    by_sample = {name: item for name, item in named.items() if any(thing.region in used for thing in item.things)}
+    if not by_sample:
+        raise UsageError(
+            f"labels {labels.name}: no annotation of {', '.join(sorted(used))} on any of the images "
+            f"({len(named)} of {len(read.images)} labelled images are among them)",
+            hint="file_name is a path relative to the folder of --images, or a sample id of its list",
+        )
+    told = [f"no category of the labels has its name: {name}" for name in left]
+    told += [f"region '{name}': not compared with the labels, which have no outlines of it" for name in boxes]
+    return Annotated(by_sample, categories, tuple(told))
 
 
 def truth_map(things: Sequence[Thing], item: Labelled, grid: tuple[int, int]) -> Float32[np.ndarray, "h w"]:
@@ -146,8 +202,11 @@ def _categories(
     for entry in mapping:
         region, mark, category = (part.strip() for part in entry.partition("="))
         if not (mark and region and category):
-            raise UsageError(f"--map '{entry}': expected region=category", hint="e.g. --map tumour=Tumor")
-        region = _known(region, regions, f"--map '{entry}': region '{region}'", "the store")
+            raise UsageError(
+                f"--map '{entry}': expected region=category",
+                hint=f"regions: {', '.join(regions)}; categories: {', '.join(categories)}",
+            )
+        region = _known(region, regions, f"--map '{entry}': region '{region}'", "no such region")
         category = _known(category, categories, f"--map '{entry}': category '{category}'")
         if category not in given.setdefault(region, []):
             given[region].append(category)
@@ -162,19 +221,20 @@ def _categories(
     if not found:
         near = [close for region in regions for close in difflib.get_close_matches(region, categories, n=1)]
         raise UsageError(
-            f"no region of the store ({', '.join(regions)}) is a category of the labels ({', '.join(categories)})",
+            f"no region ({', '.join(regions)}) is a category of the labels ({', '.join(categories)})",
             hint=f"say which is which: --map '{regions[0]}={near[0] if near else categories[0]}'",
         )
     return found, left
 
 
-def _known(name: str, names: Sequence[str], what: str, where: str = "the labels") -> str:
+def _known(name: str, names: Sequence[str], what: str, where: str = "not in the labels") -> str:
     for known in names:
         if known == name or _plain(known) == _plain(name):
             return known
-    near = difflib.get_close_matches(name, names, n=1)
+    folded = {_plain(known): known for known in names}
+    near = [folded[close] for close in difflib.get_close_matches(_plain(name), folded, n=1)]
     raise UsageError(
-        f"{what}: not in {where}",
+        f"{what}: {where}",
         hint=f"did you mean '{near[0]}'?" if near else f"known: {', '.join(names)}",
     )
 

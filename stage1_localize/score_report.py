@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Bool, UInt8
+from scipy import ndimage
 
 from shared.artifact import write_atomic
 from shared.charts import Row, arms_chart, histogram, line_chart
@@ -23,7 +25,8 @@ from stage1_localize.score_labels import Truth, true_pixels
 SCORES = "scores.json"
 REPORT = "report.html"
 _WORST = 8
-_TRUTH = (255, 255, 255)
+_TRUTH = (0, 120, 255)
+"""White would be lost on bright tissue, and no region has this blue."""
 _CHARTED = {
     "dice": "Dice of maps at 0.5",
     "iou": "IoU of maps at 0.5",
@@ -119,7 +122,7 @@ def _page(
         Section("Further scores", _table(scores)),
         Section(
             "Dice, were the maps cut elsewhere",
-            line_chart(curves, x_label="threshold", y_label="Dice") if curves else "",
+            line_chart(curves, x_label="threshold", y_label="Dice", zero=True) if curves else "",
             "Only the value at 0.5 is a score. The best of a curve was chosen on the labels it is measured on: "
             "to use another threshold, choose it on some images and measure it on others.",
         ),
@@ -143,7 +146,7 @@ def _page(
     return page("Score of a region store", "Region maps and boxes compared with labels.", sections, facts)
 
 
-_WORST_NOTE = "Tint: the store's map, its line at 0.5. White line: the labels. The lowest Dice first."
+_WORST_NOTE = "Tint: the store's map, its line at 0.5. Blue line: the labels. The lowest Dice first."
 _UNKNOWN = {
     True: "The labels were declared exhaustive: an image without an annotation of a region does not hold it.",
     False: "An image without an annotation of a region says nothing of it (unknown). Where the labels name "
@@ -222,7 +225,7 @@ def _worst(
             colour = REGION_COLOURS[place % len(REGION_COLOURS)]
             drawn = paint(image.pixels, [(shown, colour)], side_px=320)
             height, width = store.grid
-            drawn = contour(drawn, true_pixels(things, item, (height, width)).astype(np.float32), _TRUTH)
+            drawn = draw_truth(drawn, true_pixels(things, item, (height, width)))
             figures += (
                 f"<figure>{picture(drawn, f'{sample.sample_id}: {region}')}<figcaption><b>Dice {one.dice:.2f}</b>"
                 f"<br>{escape(sample.sample_id)}</figcaption></figure>"
@@ -230,6 +233,11 @@ def _worst(
         if figures:
             parts += f'<h3>{escape(region)}</h3><div class="row few">{figures}</div>'
     return parts or '<p class="muted">None of the images given is one of those scored.</p>'
+
+
+def draw_truth(pixels: UInt8[np.ndarray, "H W 3"], truth: Bool[np.ndarray, "h w"]) -> UInt8[np.ndarray, "H W 3"]:
+    """A picture with the border of the truth as a line; blurred a little, for a sheer edge has no line at 0.5."""
+    return contour(pixels, ndimage.uniform_filter(truth.astype(np.float32), 3), _TRUTH)
 
 
 def _counts(truth: Truth, scores: Mapping[str, Mapping[str, Any]]) -> str:
