@@ -39,6 +39,7 @@ from shared.workspace import SPEC, begin
 
 Verdict = Literal["identical", "tolerant", "drift", "missing", "corrupt", "unrecomputable"]
 RESOLVED = "resolved.yaml"
+MAPS = "maps made again"
 LEVELS = ("integrity", "masks", "maps", "all")
 
 
@@ -60,6 +61,8 @@ class AuditResult:
 
     rows: tuple[Row, ...]
     maps: tuple[tuple[str, MapsAudit], ...] = ()
+    refused: bool = False
+    """Of a store whose maps were asked for, none could be made again."""
 
     @property
     def exit_code(self) -> int:
@@ -69,7 +72,8 @@ class AuditResult:
             return 4
         if "drift" in verdicts:
             return 3
-        return 5 if verdicts == {"unrecomputable"} else 0
+        nothing_made = any(not found.judged for _, found in self.maps) or self.refused
+        return 5 if nothing_made or verdicts == {"unrecomputable"} else 0
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON."""
@@ -147,7 +151,8 @@ def audit(
                 found += [] if maps is None else [(_name(folder, path), maps)]
     if level == "maps" and not found and not any(row.kind == "region-store" for row in rows):
         raise UsageError(f"{path}: no region store in it, so no maps to make again")
-    result = AuditResult(tuple(rows), tuple(found))
+    refused = again is not None and any(row.check == MAPS and row.checked == 0 for row in rows)
+    result = AuditResult(tuple(rows), tuple(found), refused)
     if out is not None:
         _publish(result, out, level, cards.values(), command)
     return result
@@ -344,7 +349,7 @@ def _masks(folder: Path, card: Card, name: str, stores: dict[str, Path]) -> Row:
 
 def _maps(folder: Path, name: str, again: Again | None) -> tuple[list[Row], MapsAudit | None]:
     """Verdicts of level ``maps`` on one store: a row a kind of verdict, and one for the prompts."""
-    kind, check = "region-store", "maps made again"
+    kind, check = "region-store", MAPS
     if again is None:
         return [Row(name, kind, check, 0, "unrecomputable", "left out: needs the images (--images)")], None
     from shared.regions import open_region_store
@@ -353,7 +358,7 @@ def _maps(folder: Path, name: str, again: Again | None) -> tuple[list[Row], Maps
         found = audit_maps(open_region_store(folder), again)
     except CorruptError as error:
         return [Row(name, kind, check, 0, "corrupt", error.message)], None
-    except IncompatibleError as error:
+    except (IncompatibleError, InputMissingError) as error:
         hint = f" ({error.hint})" if error.hint else ""
         return [Row(name, kind, check, 0, "unrecomputable", error.message + hint)], None
     rows = []

@@ -91,7 +91,9 @@ class MapsAudit:
         nonce: Draws the same rows again.
         of: Rows that could be drawn.
         rows: Verdict of every row drawn.
-        drift_max: Upper end of the exact 95 % interval for the share of rows that are not as published, or None.
+        drift_max: Upper end of the exact 95 % interval for the share of rows that are not as published, or None;
+            rows that could not be judged count as such.
+        quarantined: Rows without maps, which are not drawn.
         control: Of the prompts.
         examples: Pictures of the worst rows and of some others: published, made again, and their difference.
     """
@@ -102,6 +104,7 @@ class MapsAudit:
     drift_max: float | None
     control: Control
     examples: tuple[Example, ...] = ()
+    quarantined: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON, without pictures."""
@@ -110,8 +113,14 @@ class MapsAudit:
             "of": self.of,
             "rows": [asdict(row) for row in self.rows],
             "drift_max": self.drift_max,
+            "quarantined": self.quarantined,
             "control": asdict(self.control),
         }
+
+    @property
+    def judged(self) -> int:
+        """Rows that were compared or are damaged."""
+        return sum(row.verdict != "unrecomputable" for row in self.rows)
 
     def told(self, verdict: str) -> str:
         """What a line says of the rows with one verdict."""
@@ -120,6 +129,7 @@ class MapsAudit:
         named = "; ".join(f"{row.sample_id}: {row.detail}" for row in worst if row.detail)
         more = f"; and {len(those) - len(worst)} more" if named and len(those) > len(worst) else ""
         drawn = f"{len(self.rows)} of {self.of} rows drawn by nonce {self.nonce}"
+        drawn += f", {self.quarantined} quarantined ones not" if self.quarantined else ""
         bound = "" if self.drift_max is None else f"; at most {self.drift_max:.2%} of all drift (95 %)"
         return f"{named}{more} ({drawn}{bound})" if named else f"{drawn}{bound}"
 
@@ -188,15 +198,16 @@ def audit_maps(store: RegionStore, how: Again) -> MapsAudit:
             )
             shown = sorted([*shown, (badness, row, made)], key=lambda item: -item[0])[:_SHOWN]
     how.progress(len(drawn), len(drawn))
-    compared = [verdict for verdict in verdicts if verdict.verdict in ("identical", "tolerant", "drift")]
-    drifting = sum(verdict.verdict == "drift" for verdict in compared)
+    # A row that could not be judged counts as one that is not as published: who forges could make it so.
+    bad = sum(verdict.verdict not in ("identical", "tolerant") for verdict in verdicts)
     return MapsAudit(
         how.nonce,
         len(candidates),
         tuple(verdicts),
-        upper_bound(drifting, len(compared), len(candidates)),
+        upper_bound(bad, len(verdicts), len(candidates)),
         control(again, drawn),
         tuple(_example(store, again, row, made) for _, row, made in shown),
+        len(store) - len(candidates),
     )
 
 
@@ -228,6 +239,8 @@ def control(again: Recomputer, rows: Sequence[int]) -> Control:
     """
     if again.store.grounder == "oracle":
         return Control("unrecomputable", "regions come from labels, not from words")
+    if again.parts.described["grounder"]["identity"].get("reads_words") is False:
+        return Control("unrecomputable", "this grounder reads no words, by design: any prompt finds the same")
     asked = tuple(Region(text, (text,)) for text in CONTROLS)
     accepted = []
     for region in asked:
@@ -261,6 +274,8 @@ def control(again: Recomputer, rows: Sequence[int]) -> Control:
 
 def _verdict(store: RegionStore, row: int, made: Made) -> RowVerdict:
     sample = store.samples[row]
+    if made.lies:
+        return RowVerdict(row, sample.sample_id, "drift", made.problem or "")
     if made.answer is None:
         return RowVerdict(row, sample.sample_id, "unrecomputable", made.problem or "")
     try:

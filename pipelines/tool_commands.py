@@ -110,17 +110,20 @@ def repair(
     verbose: Verbose = False,
     quiet: Quiet = False,
 ) -> None:
-    """Make a whole region store from a damaged one: good rows are copied, damaged ones made again."""
+    """Make a whole region store from a damaged one: good rows are copied, damaged ones made again; exit 3 if these
+    are not what was published."""
     from stage1_localize.repair import lines
     from stage1_localize.repair import repair as run
 
     refuse_file(store)
     done = run(store, images=images, out=out, overrides=set_ or (), command=command_told())
     if as_json:
-        return print_json(done.as_dict())
-    for line in lines(done):
-        typer.echo(line)
-    return None
+        print_json(done.as_dict())
+    else:
+        for line in lines(done):
+            typer.echo(line)
+    if done.store is not None and done.store.card.artifact_id != done.store.card.provenance.supersedes:
+        raise typer.Exit(3)
 
 
 def migrate(

@@ -127,6 +127,8 @@ def tensors_sha256(tensors: Mapping[str, Any]) -> str:
     plain = {}
     for name, tensor in tensors.items():
         there = tensor.detach().cpu()
+        if there.is_floating_point() and not bool(torch.isfinite(there).all()):
+            raise CorruptError(f"weights: tensor {name} holds NaN or infinite values", hint="download them again")
         plain[name] = (there.view(torch.uint16) if there.dtype == torch.bfloat16 else there).numpy()
     return tensor_digest(plain)
 

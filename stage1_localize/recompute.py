@@ -40,12 +40,14 @@ class Made:
         answer: Maps, boxes and scores; None where they could not be made.
         problem: Why not, or None.
         whole: Whether every neighbour that the run had was there too.
+        lies: Its line says of the image what is not so.
     """
 
     row: int
     answer: Answer | None
     problem: str | None = None
     whole: bool = True
+    lies: bool = False
 
 
 class Recomputer:
@@ -79,6 +81,9 @@ class Recomputer:
         image = self._image(sample)
         if not isinstance(image, Image):
             return Made(row, None, image)
+        if (image.pixel_sha256, image.pixels.shape) != (sample.pixel_sha256, tuple(sample.shape or ())):
+            told = f"its line tells of other pixels, or of the size {sample.shape}: its image has {image.pixels.shape}"
+            return Made(row, None, told, lies=True)
         alone = self._answer({row: image}, self._places(row))
         if isinstance(alone, Answer) and same(alone, sample):
             return Made(row, alone)

@@ -15,16 +15,23 @@ from typing import Any
 
 import numpy as np
 
-from shared.artifact import CARD, KIND_VERSIONS, Card, file_sha256, publish, read_card, verify
+from shared.artifact import CARD, KIND_VERSIONS, Card, file_sha256, publish, read_card, verify, write_atomic
 from shared.corpus import corpus_id, list_corpus, write_corpus
-from shared.errors import CorruptError, IncompatibleError, InterruptedRun, QuarantineError, UsageError
+from shared.errors import (
+    CorruptError,
+    IncompatibleError,
+    InterruptedRun,
+    QuarantineError,
+    SpecMismatchError,
+    UsageError,
+)
 from shared.images import find_sources
 from shared.lease import Lease
 from shared.region_journal import ShardJournal
 from shared.region_layout import QUARANTINE, SAMPLES
 from shared.region_record import Sample
 from shared.region_verify import verify_store
-from shared.region_writer import assemble_shard, create_store, drop_journal, finalise, pending_shards
+from shared.region_writer import FINISHED, assemble_shard, create_store, drop_journal, finalise, pending_shards
 from shared.regions import RegionStore, SampleRow, open_region_store
 from shared.runlog import RunLog
 from shared.signals import Signals
@@ -32,6 +39,9 @@ from shared.workspace import begin
 from stage1_localize.recompute import RESOLVED, Made, Recomputer, same
 
 REPORT = "report.html"
+ORIGIN = "run/origin"
+"""Id of the store that this one is made from."""
+
 _HINT = "localize again, or restore the store from a copy"
 
 
@@ -95,7 +105,8 @@ def repair(path: Path, *, images: Path, out: Path, overrides: Iterable[str] = ()
         spec, inputs = card.identity.spec, list(card.identity.inputs)
         status, _ = begin(out, kind="region-store", inputs=inputs, spec=spec, resolved=resolved)
         if status == "done":
-            return Repaired(open_region_store(out), findings, done_before=True)
+            return Repaired(_whole(out), findings, done_before=True)
+        _same_origin(out, card)
         with RunLog(out) as log, Signals() as signals:
             work = _Work(damaged, images, out, overrides, log, signals)
             work.fill()
@@ -134,11 +145,13 @@ def migrate(path: Path, *, out: Path, command: str = "") -> RegionStore | None:
         spec, inputs = card.identity.spec, list(card.identity.inputs)
         resolved = (path / RESOLVED).read_text()
         status, _ = begin(out, kind="region-store", inputs=inputs, spec=spec, resolved=resolved)
-        if status != "done":
-            with RunLog(out) as log, Signals() as signals:
-                work = _Work(RegionStore(path, card), None, out, (), log, signals)
-                work.fill()
-                _finish(work, card, command)
+        if status == "done":
+            return _whole(out)
+        _same_origin(out, card)
+        with RunLog(out) as log, Signals() as signals:
+            work = _Work(RegionStore(path, card), None, out, (), log, signals)
+            work.fill()
+            _finish(work, card, command)
     return open_region_store(out)
 
 
@@ -275,6 +288,32 @@ def _corpus(path: Path, out: Path, card: Card, images: Path | None) -> None:
             "corpus: its list is damaged, and the images given are not those that were localized", hint=_HINT
         )
     write_corpus(new, rows)
+
+
+def _whole(out: Path) -> RegionStore:
+    """The store that an earlier call made, if it still is what it made."""
+    card = read_card(out, "region-store")
+    found = [*verify(out, card), *verify_store(out, card)]
+    if found:
+        raise CorruptError(
+            f"{out.name}: was made before, and is damaged: {found[0].file}: {found[0].problem}",
+            hint="name another --out",
+        )
+    return open_region_store(out)
+
+
+def _same_origin(out: Path, card: Card) -> None:
+    """Refuse to go on with what another store's repair, or a run of localize, has begun here."""
+    kept = out / ORIGIN
+    begun = kept.read_text() if kept.exists() else None
+    if begun is None and not (out / "journal").exists() and not (out / FINISHED).exists():
+        write_atomic(kept, card.artifact_id.encode())
+    elif begun != card.artifact_id:
+        raise SpecMismatchError(
+            f"{out}: holds what was begun from {'another run' if begun is None else f'store {begun[:12]}'}, "
+            f"asked: store {card.artifact_id[:12]}",
+            hint="name another --out",
+        )
 
 
 def _refuse_without_lists(path: Path, card: Card) -> None:

@@ -3,9 +3,12 @@
 # which may start late, be pre-empted and come back. Both scripts lie in one folder:
 #
 #   cd "$(python -c 'import pipelines; print(pipelines.__path__[0])')/clusters"
-#   RECIPE=mask-what-matters IMAGES=/shared/images OUT=/shared/runs/regions WORKERS=64 sbatch slurm.sh
+#   RECIPE=/shared/recipe.yaml IMAGES=/shared/images OUT=/shared/runs/regions WORKERS=64 sbatch slurm.sh
 #
-# RECIPE is a name or a file, with "localize" settings; IMAGES and OUT lie where every node finds them under the same
+# A Dask scheduler lets whoever reaches its port run code as you, on your data: use it inside of a network that you
+# trust, or give scheduler, workers and client certificates (distributed.comm.tls in Dask's own configuration).
+#
+# RECIPE is a file ('mwm init' writes one) with "localize" settings, its regions among them; IMAGES and OUT lie where every node finds them under the same
 # path, and so does a recipe's folder of weights. MORE holds further options, such as MORE="--set max_failures=100".
 # What runs when: one task is one shard (at most 1024 images), so more workers than shards are of no use.
 # More or fewer workers at any time: sbatch --array=1-32 slurm_worker.sh with the same OUT; scancel takes them away.

@@ -59,7 +59,7 @@ class Contrast:
 
     def identity(self) -> dict[str, Any]:
         """There are no weights; the card says that words are not read."""
-        return {"words": "not read: every prompt gets the same boxes", "sigmas": "3, 5, 8, 12, 18 of 256; wider 1.6"}
+        return {"reads_words": False, "sigmas": "3, 5, 8, 12, 18 of 256; wider 1.6"}
 
     def locate(self, batch: Batch, regions: Sequence[Region]) -> list[Detections]:
         """The same blobs for every wording; score: the blob's largest response over the image's."""

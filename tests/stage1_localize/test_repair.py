@@ -12,7 +12,7 @@ import pytest
 
 from shared import artifact
 from shared.artifact import read_card, verify
-from shared.errors import CorruptError, InterruptedRun, QuarantineError, UsageError
+from shared.errors import CorruptError, InterruptedRun, QuarantineError, SpecMismatchError, UsageError
 from shared.region_verify import verify_store
 from shared.regions import RegionStore, open_region_store
 from stage1_localize.job import localize
@@ -122,6 +122,30 @@ def test_a_damaged_row_whose_image_is_gone_stops_it_and_the_rest_is_kept(made, d
         repair(damaged, images=poor, out=tmp_path / "new")
     done = repair(damaged, images=images, out=tmp_path / "new")
     assert done.store.card.artifact_id == store.card.artifact_id
+
+
+def test_what_was_made_before_and_is_damaged_since_is_not_done(made, damaged, tmp_path):
+    flip(chunk(damaged, 1))
+    repair(damaged, images=made[1], out=tmp_path / "new")
+    flip(chunk(tmp_path / "new", 2))
+    with pytest.raises(CorruptError, match="was made before, and is damaged"):
+        repair(damaged, images=made[1], out=tmp_path / "new")
+
+
+def test_another_stores_repair_is_not_continued(made, damaged, tmp_path):
+    from stage1_localize.repair import ORIGIN
+
+    flip(chunk(damaged, 5))
+    poor = shutil.copytree(made[1], tmp_path / "images")
+    (poor / next(s for s in made[0].samples if s.row // 2 == 5).sample_id).unlink()
+    with pytest.raises(QuarantineError):
+        repair(damaged, images=poor, out=tmp_path / "new")
+    (tmp_path / "new" / ORIGIN).write_text("ab" * 32)
+    with pytest.raises(SpecMismatchError, match="begun from store abababababab"):
+        repair(damaged, images=made[1], out=tmp_path / "new")
+    (tmp_path / "new" / ORIGIN).unlink()
+    with pytest.raises(SpecMismatchError, match="begun from another run"):
+        repair(damaged, images=made[1], out=tmp_path / "new")
 
 
 def test_never_in_place(made, damaged):

@@ -53,7 +53,7 @@ def test_words_are_not_read_and_the_card_says_so() -> None:
     one, other = locate(image, "tumour"), locate(image, "sitting on a chair")
     assert np.array_equal(one.box_xyxy_px, other.box_xyxy_px)
     assert locate(image, "a", "b").text.tolist() == [0, 1]
-    assert "not read" in Contrast(Contrast.Options()).identity()["words"]
+    assert Contrast(Contrast.Options()).identity()["reads_words"] is False
 
 
 def test_contrast_is_of_the_image_not_of_its_exposure() -> None:
