@@ -100,7 +100,7 @@ def make(out: Path) -> None:
             load(FinetuneConfig, SETTINGS["finetune"]),
             images=images, labels=labels, encoder=str(out / "encoder"), out=out / "model", command=command,
         )  # fmt: skip
-    audit(out, level="all", out=out / "audit", command=command)
+    audit(out, level="masks", out=out / "audit", command=command)
     for run in out.rglob("run"):
         shutil.rmtree(run)
     ids = {card.parent.relative_to(out).as_posix(): read_card(card.parent).artifact_id for card in out.rglob(CARD)}
