@@ -72,7 +72,8 @@ class Volume:
         """The file's own values, scaled as it says; at most 32 bits each."""
         import nibabel
 
-        values = np.asanyarray(nibabel.load(self.path).dataobj)  # type: ignore[attr-defined]
+        source: Any = nibabel.load(self.path)
+        values = np.asanyarray(source.dataobj)
         return values.astype(np.float32) if values.dtype.itemsize > 4 else values
 
     def save(self, path: Path, values: Shaped[np.ndarray, "*stored"]) -> None:

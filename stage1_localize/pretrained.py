@@ -71,11 +71,11 @@ def load_pretrained(
             f"model {name}: its model_type is '{kind}', expected {' or '.join(repr(known) for known in classes)}",
             hint="a part of the same name may exist, see 'mwm list'; else give another folder",
         )
-    tensors = _tensors(folder, name)
+    tensors, _ = read_tensors(folder, name)
     model_class = getattr(transformers, classes[kind])
     try:
         config = model_class.config_class.from_dict(said)
-        with _without_progress_bar():
+        with without_progress_bar():
             model, info = model_class.from_pretrained(
                 None, config=config, state_dict=tensors, dtype=torch.float32, output_loading_info=True
             )
@@ -148,11 +148,20 @@ def read_normalisation(
     return mean, std
 
 
-def _tensors(folder: Path, name: str) -> dict[str, Any]:
-    """All tensors of a folder, from one file or from the shards that an index lists."""
+def read_tensors(folder: Path, name: str) -> tuple[dict[str, Any], str]:
+    """All tensors of a folder, from one file or from the shards that an index lists, and that file's name.
+
+    Args:
+        folder: Of the model.
+        name: For messages.
+
+    Raises:
+        InputMissingError: No weights, or shards that are not there.
+        CorruptError: Weights that cannot be read.
+    """
     for file in WHOLE:
         if (folder / file).is_file():
-            return load_tensors(folder / file)
+            return load_tensors(folder / file), file
         index = folder / f"{file}.index.json"
         if index.is_file():
             placed = read_json(index, name).get("weight_map")
@@ -163,7 +172,8 @@ def _tensors(folder: Path, name: str) -> dict[str, Any]:
                     f"model {name}: {index.name} lists {len(shards)} files, {len(missing)} of them absent",
                     hint="finish the download: hf download NAME --local-dir FOLDER",
                 )
-            return {key: tensor for shard in shards for key, tensor in load_tensors(folder / shard).items()}
+            tensors = {key: tensor for shard in shards for key, tensor in load_tensors(folder / shard).items()}
+            return tensors, index.name
     raise InputMissingError(
         f"model {name}: its folder holds no {' and no '.join(WHOLE)}",
         hint="give the folder that 'hf download NAME --local-dir FOLDER' fills",
@@ -171,7 +181,7 @@ def _tensors(folder: Path, name: str) -> dict[str, Any]:
 
 
 @contextmanager
-def _without_progress_bar() -> Iterator[None]:
+def without_progress_bar() -> Iterator[None]:
     """transformers draws one for every model that it fills; a run has a progress line of its own."""
     from transformers.utils import logging
 

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from shared.errors import ConfigError, CorruptError, IncompatibleError, InputMissingError
 from stage1_localize.models import load_tensors, weights_identity
+from stage1_localize.pretrained import without_progress_bar
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 OPEN_CLIP_WEIGHTS = (
@@ -139,11 +140,12 @@ def load_clip(folder: Path, device: str, dtype: str) -> ClipModel:
 
 def _load_transformers(folder: Path, device: str, dtype: str) -> ClipModel:
     from transformers import AutoTokenizer, CLIPModel
-    from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()
     try:
-        read: Any = CLIPModel.from_pretrained(folder, local_files_only=True, output_loading_info=True, dtype="float32")
+        with without_progress_bar():
+            read: Any = CLIPModel.from_pretrained(
+                folder, local_files_only=True, output_loading_info=True, dtype="float32"
+            )
         model, about = read
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # whatever a damaged folder provokes inside the library

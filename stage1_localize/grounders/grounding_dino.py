@@ -7,9 +7,7 @@ a prompt and process, the image backbone once an image and batch. Trained on pho
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +28,10 @@ from stage1_localize.grounders.dino_words import (
     delimiter_ids,
     load_tokenizer,
 )
-from stage1_localize.models import find_model, load_tensors, weights_identity
+from stage1_localize.models import find_model, weights_identity
+from stage1_localize.pretrained import CONFIG, WHOLE, read_json, read_tensors, without_progress_bar
 
 DEFAULT = "IDEA-Research/grounding-dino-tiny"
-WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
 class GroundingDino:
@@ -53,16 +51,16 @@ class GroundingDino:
             ConfigError: A model of another kind.
         """
         self.options = options.pinned()
-        folder = find_model(options, DEFAULT, needs=("config.json",))
+        folder = find_model(options, DEFAULT, needs=(CONFIG,))
         if not folder.is_dir():
             raise InputMissingError(
-                f"model {options.model}: a file; expected a folder with config.json and {WEIGHTS[0]}",
+                f"model {options.model}: a file; expected a folder with {CONFIG} and {WHOLE[0]}",
                 hint="a single .pth file of the original release is read by grounder 'groundingdino_py'",
             )
         self._how = read_preprocessing(folder, self.options.size_px)
         model, unused = _load(folder, options.model or DEFAULT)
         self._tokenizer = load_tokenizer(folder)
-        files = [folder / name for name in ("config.json", FILE, *TOKENIZER_FILES)]
+        files = [folder / name for name in (CONFIG, FILE, *TOKENIZER_FILES)]
         self._identity = {
             **weights_identity(model.state_dict(), files),
             "unused_tensors": unused,
@@ -104,54 +102,27 @@ def _load(folder: Path, name: str) -> tuple[Any, int]:
     """The model in float32, in evaluation mode, and how many tensors of its file it has no place for."""
     from transformers import GroundingDinoConfig, GroundingDinoForObjectDetection
 
-    try:
-        said = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        kind = said.get("model_type")
-    except (ValueError, AttributeError):
-        raise CorruptError(f"model {name}: config.json is no JSON object", hint="download it again") from None
-    if kind != "grounding-dino":
-        raise ConfigError(f"model {name}: its model_type is '{kind}', expected 'grounding-dino'")
-    weights = next((folder / file for file in WEIGHTS if (folder / file).is_file()), None)
-    if weights is None:
-        raise InputMissingError(
-            f"model {name}: its folder holds no {' and no '.join(WEIGHTS)}",
-            hint="give the folder that 'hf download NAME --local-dir FOLDER' fills",
-        )
+    said = read_json(folder / CONFIG, name)
+    if said.get("model_type") != "grounding-dino":
+        raise ConfigError(f"model {name}: its model_type is '{said.get('model_type')}', expected 'grounding-dino'")
+    tensors, weights = read_tensors(folder, name)
     try:
         config: Any = GroundingDinoConfig.from_dict(said)
         config.text_config._attn_implementation = "sdpa"
         build: Any = GroundingDinoForObjectDetection.from_pretrained
         with without_progress_bar():
-            model, info = build(
-                None, config=config, state_dict=load_tensors(weights), dtype=torch.float32, output_loading_info=True
-            )
-    except CorruptError:
-        raise
+            model, info = build(None, config=config, state_dict=tensors, dtype=torch.float32, output_loading_info=True)
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CorruptError(
-            f"model {name}: {weights.name} does not fit config.json ({type(error).__name__})", hint="download it again"
+            f"model {name}: {weights} does not fit config.json ({type(error).__name__})", hint="download it again"
         ) from None
     absent = sorted([*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])])
     if absent:
         raise CorruptError(
-            f"model {name}: {weights.name} lacks {len(absent)} tensors that config.json asks for, such as {absent[0]}",
+            f"model {name}: {weights} lacks {len(absent)} tensors that config.json asks for, such as {absent[0]}",
             hint="download it again",
         )
     return model.eval().requires_grad_(False), len(info["unexpected_keys"])
-
-
-@contextmanager
-def without_progress_bar() -> Iterator[None]:
-    """transformers draws one for every model that it fills; a run has a progress line of its own."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 class NativeNetwork:

@@ -51,7 +51,7 @@ def test_otsu_is_the_best_cut_and_two_means_is_a_fixed_point() -> None:
 @pytest.mark.parametrize("how", ["otsu", "kmeans", "fixed"])
 def test_an_empty_map_has_nothing_above_its_threshold(how: str) -> None:
     frame = np.zeros((256, 256), np.float32)
-    assert not (to_levels(frame) > threshold(frame, how, 0)).any()  # type: ignore[arg-type]
+    assert not (to_levels(frame) > threshold(frame, how, 0)).any()
 
 
 def test_the_largest_parts_first_and_small_ones_not_at_all() -> None:
