@@ -12,9 +12,10 @@ from jaxtyping import Bool, Float, Float32
 from pydantic import Field
 from torch import Tensor
 
-from stage1_localize.contracts import Batch, Detections
+from shared.config import digest
+from stage1_localize.contracts import Batch, Detections, Region
 from stage1_localize.grounders.dino_images import Preprocessing, gather
-from stage1_localize.grounders.dino_words import Prompt
+from stage1_localize.grounders.dino_words import Prompt, build_prompts
 from stage1_localize.models import ModelOptions
 
 TOKENS_MAX = 256
@@ -73,6 +74,45 @@ class Network(Protocol):
     def ask(self, seen: Any, prompt: Prompt) -> tuple[Float[Tensor, "B Q T"], Float[Tensor, "B Q 4"]]:
         """Logits of each query for each token, and boxes (centre, size) as shares of the image's sides."""
         ...
+
+
+class DinoGrounder:
+    """What both grounders do once their model is there; their ``__init__`` fills the attributes.
+
+    Attributes:
+        options: Pinned.
+    """
+
+    options: DinoOptions
+    _identity: dict[str, Any]
+    _network: Network
+    _how: Preprocessing
+    _tokenizer: Any
+    _tokens_max: int
+
+    def check(self, regions: Sequence[Region]) -> None:
+        """Accept any words that the text encoder can read.
+
+        Raises:
+            PromptError: As `build_prompts`.
+        """
+        self._prompts(regions)
+
+    def needs_segmenter(self, regions: Sequence[Region]) -> bool:
+        """Boxes only."""
+        return bool(regions)
+
+    def identity(self) -> dict[str, Any]:
+        """Digests of weights, configuration and vocabulary; preprocessing; whether regions change each other."""
+        return self._identity
+
+    def locate(self, batch: Batch, regions: Sequence[Region]) -> list[Detections]:
+        """Boxes of every wording in every image, each wording asked alone unless ``joint``."""
+        key = f"{type(self).__name__} {digest({'is': self._identity, 'batch': self.options.batch})}"
+        return locate(self._network, self._prompts(regions), self._how, self.options, batch, key)
+
+    def _prompts(self, regions: Sequence[Region]) -> list[Prompt]:
+        return build_prompts(self._tokenizer, regions, joint=self.options.joint, tokens_max=self._tokens_max)
 
 
 @dataclass(frozen=True)

@@ -15,16 +15,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from shared.config import digest
 from shared.errors import ConfigError, CorruptError, InputMissingError
-from stage1_localize.contracts import Batch, Detections, Region
 from stage1_localize.grounders.dino_images import FILE, read_preprocessing
-from stage1_localize.grounders.dino_locate import TOKENS_MAX, DinoOptions, locate
+from stage1_localize.grounders.dino_locate import TOKENS_MAX, DinoGrounder, DinoOptions
 from stage1_localize.grounders.dino_words import (
     TOKENIZER_FILES,
     PhraseEncoder,
     Prompt,
-    build_prompts,
     delimiter_ids,
     load_tokenizer,
 )
@@ -34,7 +31,7 @@ from stage1_localize.pretrained import CONFIG, WHOLE, read_json, read_tensors, w
 DEFAULT = "IDEA-Research/grounding-dino-tiny"
 
 
-class GroundingDino:
+class GroundingDino(DinoGrounder):
     """Boxes for any words, from a model folder of transformers."""
 
     class Options(DinoOptions):
@@ -72,30 +69,6 @@ class GroundingDino:
         }
         self._network = NativeNetwork(model, delimiter_ids(self._tokenizer), self.options)
         self._tokens_max = min(TOKENS_MAX, model.config.max_text_len, model.config.text_config.max_position_embeddings)
-
-    def check(self, regions: Sequence[Region]) -> None:
-        """Accept any words that the text encoder can read.
-
-        Raises:
-            PromptError: As `build_prompts`.
-        """
-        self._prompts(regions)
-
-    def needs_segmenter(self, regions: Sequence[Region]) -> bool:
-        """Boxes only."""
-        return bool(regions)
-
-    def identity(self) -> dict[str, Any]:
-        """Digests of weights, configuration and vocabulary; preprocessing; whether regions change each other."""
-        return self._identity
-
-    def locate(self, batch: Batch, regions: Sequence[Region]) -> list[Detections]:
-        """Boxes of every wording in every image, each wording asked alone unless ``joint``."""
-        key = f"grounding_dino {digest({'is': self._identity, 'batch': self.options.batch})}"
-        return locate(self._network, self._prompts(regions), self._how, self.options, batch, key)
-
-    def _prompts(self, regions: Sequence[Region]) -> list[Prompt]:
-        return build_prompts(self._tokenizer, regions, joint=self.options.joint, tokens_max=self._tokens_max)
 
 
 def _load(folder: Path, name: str) -> tuple[Any, int]:

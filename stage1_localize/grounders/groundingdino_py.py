@@ -25,10 +25,9 @@ from torch import Tensor, nn
 
 from shared.config import digest, runtime
 from shared.errors import ConfigError, CorruptError, IncompatibleError, InputMissingError
-from stage1_localize.contracts import Batch, Detections, Region
 from stage1_localize.grounders.dino_images import read_preprocessing
-from stage1_localize.grounders.dino_locate import TOKENS_MAX, DinoOptions, locate
-from stage1_localize.grounders.dino_words import TOKENIZER_FILES, PhraseEncoder, Prompt, build_prompts, load_tokenizer
+from stage1_localize.grounders.dino_locate import TOKENS_MAX, DinoGrounder, DinoOptions
+from stage1_localize.grounders.dino_words import TOKENIZER_FILES, PhraseEncoder, Prompt, load_tokenizer
 from stage1_localize.models import find_model, load_tensors, weights_identity
 
 DEFAULT, DEFAULT_TEXT = "ShilongLiu/GroundingDINO", "bert-base-uncased"
@@ -42,7 +41,7 @@ _SWINS: dict[str, dict[str, Any]] = {
 _SUFFIXES = (".pth", ".pt", ".safetensors")
 
 
-class GroundingDinoPy:
+class GroundingDinoPy(DinoGrounder):
     """Boxes for any words, from the original release's weights."""
 
     class Options(DinoOptions):
@@ -97,30 +96,6 @@ class GroundingDinoPy:
         }
         self._network = PackageNetwork(model, config, self.options)
         self._tokens_max = min(TOKENS_MAX, int(model.bert.config.max_position_embeddings))
-
-    def check(self, regions: Sequence[Region]) -> None:
-        """Accept any words that the text encoder can read.
-
-        Raises:
-            PromptError: As `build_prompts`.
-        """
-        self._prompts(regions)
-
-    def needs_segmenter(self, regions: Sequence[Region]) -> bool:
-        """Boxes only."""
-        return bool(regions)
-
-    def identity(self) -> dict[str, Any]:
-        """Digests of weights, configuration and vocabulary; preprocessing; whether regions change each other."""
-        return self._identity
-
-    def locate(self, batch: Batch, regions: Sequence[Region]) -> list[Detections]:
-        """Boxes of every wording in every image, each wording asked alone unless ``joint``."""
-        key = f"groundingdino_py {digest({'is': self._identity, 'batch': self.options.batch})}"
-        return locate(self._network, self._prompts(regions), self._how, self.options, batch, key)
-
-    def _prompts(self, regions: Sequence[Region]) -> list[Prompt]:
-        return build_prompts(self._tokenizer, regions, joint=self.options.joint, tokens_max=self._tokens_max)
 
 
 def read_config(path: Path) -> dict[str, Any]:

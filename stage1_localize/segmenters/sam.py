@@ -6,43 +6,33 @@ Communications 15, 2024: ``wanglab/medsam-vit-base``) and SAM-HQ (Ke et al., Neu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 import torch
-from jaxtyping import Float, Float32
-from pydantic import Field
+from jaxtyping import Float
 from torch import Tensor
 
-from shared.config import digest
-from stage1_localize.contracts import Batch, Detections
 from stage1_localize.pretrained import load_pretrained, read_normalisation
 from stage1_localize.segmenters.sam_boxes import (
     IMAGENET_MEAN,
     IMAGENET_STD,
+    MedSamOptions,
     Preprocessing,
     SamOptions,
+    SamSegmenter,
     best_of,
-    describe,
-    segment,
+    medsam_preprocessing,
 )
 
 DEFAULT = "facebook/sam-vit-base"
 CLASSES = {"sam": "SamModel", "sam_hq": "SamHQModel"}
 
 
-class Sam:
+class Sam(SamSegmenter):
     """Turns boxes into pixel probabilities with a model folder of transformers."""
 
-    class Options(SamOptions):
+    class Options(MedSamOptions):
         """A folder with config.json and weights, or a name on the hub."""
-
-        preprocessing: Literal["sam", "medsam"] = Field(
-            "sam",
-            description="sam: longest side to the input's, normalised as the folder says; medsam: squashed to the "
-            "square, each image's own minimum and maximum to 0 and 1, as MedSAM's release does.",
-        )
 
     version = 1
 
@@ -53,26 +43,15 @@ class Sam:
             InputMissingError, IncompatibleError, CorruptError: As `load_pretrained`.
             ConfigError: ``cuda`` is asked and there is none.
         """
-        self._options = options.pinned()
+        pinned = options.pinned()
         loaded = load_pretrained(options, DEFAULT, CLASSES)
         size_px = int(loaded.model.config.vision_config.image_size)
-        if self._options.preprocessing == "medsam":
-            zeros, ones = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-            self._how = Preprocessing(size_px, "squash", zeros, ones, stretch=True, mode="bicubic")
+        if pinned.preprocessing == "medsam":
+            how = medsam_preprocessing(size_px)
         else:
             mean, std = read_normalisation(loaded.folder, options.model or DEFAULT, IMAGENET_MEAN, IMAGENET_STD)
-            self._how = Preprocessing(size_px, "letterbox", mean, std)
-        self._identity = {**loaded.identity, **describe(self._how, self._options)}
-        self._key = f"sam {digest(self._identity)}"
-        self._network = NativeSam(loaded.model, self._options)
-
-    def identity(self) -> dict[str, Any]:
-        """Digests of weights and configuration, preprocessing, numeric settings."""
-        return dict(self._identity)
-
-    def segment(self, batch: Batch, detections: Sequence[Detections]) -> list[Float32[np.ndarray, "n 256 256"]]:
-        """Probability of each detection's pixels in the map frame."""
-        return segment(self._network, self._how, self._options, self._key, batch, detections)
+            how = Preprocessing(size_px, "letterbox", mean, std)
+        super().__init__(NativeSam(loaded.model, pinned), how, pinned, loaded.identity)
 
 
 class NativeSam:

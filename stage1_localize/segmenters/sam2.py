@@ -7,25 +7,20 @@ answer is unstable, if its configuration says so (as released).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
-from jaxtyping import Float, Float32
+from jaxtyping import Float
 from torch import Tensor
 
-from shared.config import digest
-from stage1_localize.contracts import Batch, Detections
 from stage1_localize.pretrained import load_pretrained, read_normalisation
 from stage1_localize.segmenters.sam_boxes import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     Preprocessing,
     SamOptions,
+    SamSegmenter,
     best_of,
-    describe,
-    segment,
 )
 
 DEFAULT = "facebook/sam2.1-hiera-tiny"
@@ -33,7 +28,7 @@ CLASSES = {"sam2": "Sam2Model", "sam2_video": "Sam2Model"}
 """Releases hold the video model; what it adds for images that follow one another is left out, and counted."""
 
 
-class Sam2:
+class Sam2(SamSegmenter):
     """Turns boxes into pixel probabilities with a model folder of transformers."""
 
     class Options(SamOptions):
@@ -48,22 +43,12 @@ class Sam2:
             InputMissingError, IncompatibleError, CorruptError: As `load_pretrained`.
             ConfigError: ``cuda`` is asked and there is none.
         """
-        self._options = options.pinned()
+        pinned = options.pinned()
         loaded = load_pretrained(options, DEFAULT, CLASSES)
         mean, std = read_normalisation(loaded.folder, options.model or DEFAULT, IMAGENET_MEAN, IMAGENET_STD)
         # The frame of prompts is the prompt encoder's; released configurations name 1024 in both places.
-        self._how = Preprocessing(int(loaded.model.config.prompt_encoder_config.image_size), "squash", mean, std)
-        self._identity = {**loaded.identity, **describe(self._how, self._options)}
-        self._key = f"sam2 {digest(self._identity)}"
-        self._network = NativeSam2(loaded.model, self._options)
-
-    def identity(self) -> dict[str, Any]:
-        """Digests of weights and configuration, preprocessing, numeric settings."""
-        return dict(self._identity)
-
-    def segment(self, batch: Batch, detections: Sequence[Detections]) -> list[Float32[np.ndarray, "n 256 256"]]:
-        """Probability of each detection's pixels in the map frame."""
-        return segment(self._network, self._how, self._options, self._key, batch, detections)
+        how = Preprocessing(int(loaded.model.config.prompt_encoder_config.image_size), "squash", mean, std)
+        super().__init__(NativeSam2(loaded.model, pinned), how, pinned, loaded.identity)
 
 
 class NativeSam2:

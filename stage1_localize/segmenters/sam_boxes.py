@@ -9,7 +9,7 @@ padded with its first box), and equal boxes of an image are decoded once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Protocol, Self
 
@@ -20,6 +20,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
+from shared.config import digest
 from stage1_localize.contracts import MAP_SIZE_PX, Batch, Detections
 from stage1_localize.frames import Frame, letterboxed, squashed, to_map_frame
 from stage1_localize.models import ModelOptions
@@ -54,6 +55,16 @@ class SamOptions(ModelOptions):
         return known.model_copy(update={"boxes_batch": BOXES_BATCH_GPU if known.device == "cuda" else 1})
 
 
+class MedSamOptions(SamOptions):
+    """Of a model that may be MedSAM, which is SAM's network and another preprocessing."""
+
+    preprocessing: Literal["sam", "medsam"] = Field(
+        "sam",
+        description="sam: longest side to the input's, normalised as in training; medsam: squashed to the square, "
+        "each image's own minimum and maximum to 0 and 1, as MedSAM's release does.",
+    )
+
+
 @dataclass(frozen=True)
 class Preprocessing:
     """How pixels become the model's input.
@@ -86,6 +97,11 @@ class Preprocessing:
         return (letterboxed if self.fit == "letterbox" else squashed)(image.shape[1], image.shape[2], self.size_px)
 
 
+def medsam_preprocessing(size_px: int) -> Preprocessing:
+    """As MedSAM's release has it (Ma et al., Nature Communications 15, 2024)."""
+    return Preprocessing(size_px, "squash", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), stretch=True, mode="bicubic")
+
+
 class SamNetwork(Protocol):
     """A model of the family, loaded and on its device."""
 
@@ -101,6 +117,32 @@ class SamNetwork(Protocol):
         With ``best`` the answer of the best predicted IoU among those for ambiguous prompts, else the single one.
         """
         ...
+
+
+class SamSegmenter:
+    """What every segmenter of the family does once its network is there.
+
+    Args:
+        network: On its device.
+        how: Preprocessing.
+        options: Pinned.
+        weights: What pins the weights, from `weights_identity`.
+    """
+
+    def __init__(
+        self, network: SamNetwork, how: Preprocessing, options: SamOptions, weights: Mapping[str, Any]
+    ) -> None:
+        self._network, self._how, self._options = network, how, options
+        self._identity = {**weights, **describe(how, options)}
+        self._key = f"{type(self).__name__} {digest(self._identity)}"
+
+    def identity(self) -> dict[str, Any]:
+        """Digests of weights and configuration, preprocessing, numeric settings."""
+        return dict(self._identity)
+
+    def segment(self, batch: Batch, detections: Sequence[Detections]) -> list[Float32[np.ndarray, "n 256 256"]]:
+        """Probability of each detection's pixels in the map frame."""
+        return segment(self._network, self._how, self._options, self._key, batch, detections)
 
 
 def prepare(image: Float32[np.ndarray, "C H W"], how: Preprocessing) -> Float32[Tensor, "3 s s"]:

@@ -7,22 +7,26 @@ releases) stands in the tensors' shapes, so any model of this build loads, MedSA
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
-from jaxtyping import Float, Float32
+from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from shared.config import digest
 from shared.errors import ConfigError, CorruptError, IncompatibleError, InputMissingError
-from stage1_localize.contracts import Batch, Detections
 from stage1_localize.models import find_model, load_tensors, weights_identity
-from stage1_localize.segmenters.sam_boxes import Preprocessing, SamOptions, best_of, describe, segment
+from stage1_localize.segmenters.sam_boxes import (
+    MedSamOptions,
+    Preprocessing,
+    SamOptions,
+    SamSegmenter,
+    best_of,
+    medsam_preprocessing,
+)
 
 VARIANTS = {(768, 12): "vit_b", (1024, 24): "vit_l", (1280, 32): "vit_h"}
 """Width and depth of the encoder -> name of the release."""
@@ -30,19 +34,14 @@ DECODER_HEADS = 8
 MASK_CHANNELS = 16
 
 
-class SegmentAnything:
+class SegmentAnything(SamSegmenter):
     """Turns boxes into pixel probabilities with a ``.pth`` or ``.safetensors`` file."""
 
-    class Options(SamOptions):
+    class Options(MedSamOptions):
         """A file, or a folder with one such file in it."""
 
         variant: Literal["auto", "vit_b", "vit_l", "vit_h"] = Field(
             "auto", description="Encoder that the file must hold; auto: whichever its tensors make."
-        )
-        preprocessing: Literal["sam", "medsam"] = Field(
-            "sam",
-            description="sam: longest side to the input's, normalised; medsam: squashed to the square, each image's "
-            "own minimum and maximum to 0 and 1.",
         )
 
     version = 1
@@ -56,7 +55,7 @@ class SegmentAnything:
             IncompatibleError: Tensors of another model.
             CorruptError: A file that cannot be read, or tensors that do not fit together.
         """
-        self._options = options.pinned()
+        pinned = options.pinned()
         path = _find_file(options)
         tensors = load_tensors(path)
         network = build_network(tensors, path.name)
@@ -67,21 +66,9 @@ class SegmentAnything:
                 hint="variant: auto takes what the file holds",
             )
         size_px = int(network.image_encoder.img_size)
-        self._how = Preprocessing(size_px, "letterbox")
-        if self._options.preprocessing == "medsam":
-            zeros, ones = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-            self._how = Preprocessing(size_px, "squash", zeros, ones, stretch=True, mode="bicubic")
-        self._identity = {**weights_identity(tensors), **describe(self._how, self._options)}
-        self._key = f"segment_anything {digest(self._identity)}"
-        self._network = LegacySam(network, self._options)
-
-    def identity(self) -> dict[str, Any]:
-        """Digest of the weights, preprocessing, numeric settings."""
-        return dict(self._identity)
-
-    def segment(self, batch: Batch, detections: Sequence[Detections]) -> list[Float32[np.ndarray, "n 256 256"]]:
-        """Probability of each detection's pixels in the map frame."""
-        return segment(self._network, self._how, self._options, self._key, batch, detections)
+        medsam = pinned.preprocessing == "medsam"
+        how = medsam_preprocessing(size_px) if medsam else Preprocessing(size_px, "letterbox")
+        super().__init__(LegacySam(network, pinned), how, pinned, weights_identity(tensors))
 
 
 class LegacySam:
