@@ -36,7 +36,7 @@ from stage1_localize.grounders.lite_head import LiteHead
 from stage1_localize.grounders.lite_text import MODEL_SHA256, Vocabulary, encode_text, far_from, fold
 from stage1_localize.pictures import as_case, as_example, cached_encode
 from stage1_localize.segmenters.lite_medsam import LiteMedSam, encoder_key
-from stage1_localize.segmenters.lite_medsam_engines import WEIGHTS_SHA256, load_model
+from stage1_localize.segmenters.lite_medsam_engines import WEIGHTS_SHA256
 
 SETTINGS = FitSettings(mix={"br35h": 2, "cxrlung": 1, "bccd": 2, "template": 1}, steps=2200)
 SEED = 1
@@ -78,7 +78,7 @@ def from_cache(cache: Path) -> Callable[[Case], Batch]:
 
     def batch_of(case: Case) -> Batch:
         batch = Batch([case.image])
-        batch.memo(encoder_key(load_model()), lambda: [cached_encode(case.image, cache)])
+        batch.memo(encoder_key(), lambda: [cached_encode(case.image, cache)])
         return batch
 
     return batch_of

@@ -24,7 +24,7 @@ from stage1_localize.fit_tasks import WITH, WITHOUT, FitTask, Subject, read_labe
 from stage1_localize.grounders.lite_card import load_packaged
 from stage1_localize.grounders.lite_text import MODEL_SHA256, far_from, fold
 from stage1_localize.prompts import parse_regions
-from stage1_localize.segmenters.lite_medsam_engines import load_model
+from stage1_localize.segmenters.lite_medsam_engines import identity_of
 
 GROUPS_MIN = 2
 FEW = 10
@@ -87,7 +87,7 @@ class Plan:
             "start": packaged.weights_sha256 if config.start == "packaged" else "scratch",
             "choice": {"version": CHOICE_VERSION, "folds": config.folds},
             "seed": str(config.seed),
-            "encoder": dict(load_model().identity),
+            "encoder": dict(identity_of("onnxruntime")),
             "text_sha256": MODEL_SHA256,
             "decoding": {"version": DECODE_VERSION},
             "numeric": {"dtype": "float32", "device": "cpu", "threads": 1},

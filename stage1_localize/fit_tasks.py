@@ -32,7 +32,6 @@ from stage1_localize.grounders.lite_text import encode_text
 from stage1_localize.outlines import draw
 from stage1_localize.pictures import Picture, as_case, as_example, cache_path, cached_encode
 from stage1_localize.segmenters.lite_medsam import LiteMedSam, encoder_key
-from stage1_localize.segmenters.lite_medsam_engines import load_model
 
 EMBEDDINGS = "run/embeddings"
 FITS = "run/fits"
@@ -183,7 +182,7 @@ def as_picture(item: Labelled, subject: Subject, image: Image | None = None) -> 
 def batch_of(picture: Picture, folder: Path) -> Batch:
     """A batch of one image with its cached embedding where the encoder would put its own."""
     batch = Batch([picture.image])
-    batch.memo(encoder_key(load_model()), lambda: [cached_encode(picture.image, folder / EMBEDDINGS)])
+    batch.memo(encoder_key(), lambda: [cached_encode(picture.image, folder / EMBEDDINGS)])
     return batch
 
 

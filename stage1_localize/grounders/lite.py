@@ -34,7 +34,7 @@ from stage1_localize.grounders.lite_card import Concept, Head, load_packaged, op
 from stage1_localize.grounders.lite_head import CELLS, Answer, Features
 from stage1_localize.grounders.lite_text import MODEL_SHA256, Vocabulary, encode_text
 from stage1_localize.segmenters.lite_medsam import INPUT_SIZE_PX, Encoded, encode, encoder_key, letterbox, to_map_frame
-from stage1_localize.segmenters.lite_medsam_engines import Engine, load_model
+from stage1_localize.segmenters.lite_medsam_engines import Engine, identity_of, load_model
 
 CELL_PX = INPUT_SIZE_PX // CELLS
 OVERLAP_MAX = 0.5
@@ -91,7 +91,7 @@ class Lite:
         Raises:
             CorruptError, IncompatibleError, InputMissingError, LockedError: As `open_head`.
         """
-        self._encoder = load_model(options.engine)
+        self._engine: Engine = options.engine
         head = head or (load_packaged() if options.head is None else open_head(options.head))
         self._card, self._head, self._origin = head.card, head.network, head.origin
         self._vocabulary = Vocabulary(
@@ -117,7 +117,7 @@ class Lite:
             "head_sha256": self._card.weights_sha256,
             "card_sha256": self._card.rules_sha256,
             "text_sha256": MODEL_SHA256,
-            "encoder": dict(self._encoder.identity),
+            "encoder": dict(identity_of(self._engine)),
         }
 
     def inputs(self) -> list[Input]:
@@ -137,11 +137,11 @@ class Lite:
             PromptError: A wording outside the vocabulary.
         """
         resolved = self._resolve(regions)
-        key = f"lite {self._card.weights_sha256} {encoder_key(self._encoder)}"
+        key = f"lite {self._card.weights_sha256} {encoder_key(self._engine)}"
         features = batch.memo(key, lambda: self._look(batch))
         return [
             Detections.none() if seen is None else self._locate(seen, encoded, resolved)
-            for seen, encoded in zip(features, encode(batch, self._encoder), strict=True)
+            for seen, encoded in zip(features, encode(batch, load_model(self._engine)), strict=True)
         ]
 
     def _look(self, batch: Batch) -> list[Features | None]:
@@ -150,7 +150,7 @@ class Lite:
         with torch.inference_mode():
             return [
                 self._head.look(encoded.embedding[None], seen[None]) if seen.any() else None
-                for encoded, seen in zip(encode(batch, self._encoder), pixels, strict=True)
+                for encoded, seen in zip(encode(batch, load_model(self._engine)), pixels, strict=True)
             ]
 
     def _locate(self, seen: Features, encoded: Encoded, resolved: Sequence[_Asked]) -> Detections:

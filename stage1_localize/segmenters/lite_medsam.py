@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from shared.config import Strict, digest
 from stage1_localize.contracts import MAP_SIZE_PX, Batch, Detections
-from stage1_localize.segmenters.lite_medsam_engines import Engine, Model, load_model
+from stage1_localize.segmenters.lite_medsam_engines import Engine, Model, identity_of, load_model
 
 INPUT_SIZE_PX = 256
 
@@ -66,7 +66,7 @@ class LiteMedSam:
 
     def identity(self) -> dict[str, Any]:
         """Digests of weights and graphs, preprocessing and numeric settings."""
-        return dict(self._model.identity)
+        return dict(identity_of(self._model.engine))
 
     def segment(self, batch: Batch, detections: Sequence[Detections]) -> list[Float32[np.ndarray, "n 256 256"]]:
         """Probability of each detection's pixels in the map frame.
@@ -90,12 +90,12 @@ class LiteMedSam:
 
 def encode(batch: Batch, model: Model) -> list[Encoded]:
     """Embed every image of a batch, once a batch: a grounder and a segmenter on one engine share the pass."""
-    return batch.memo(encoder_key(model), lambda: [encode_image(model, image) for image in batch.images])
+    return batch.memo(encoder_key(model.engine), lambda: [encode_image(model, image) for image in batch.images])
 
 
-def encoder_key(model: Model) -> str:
+def encoder_key(engine: Engine = "onnxruntime") -> str:
     """Under this key the image embeddings lie in ``Batch.memo``."""
-    return digest(model.identity)
+    return digest(identity_of(engine))
 
 
 def encode_image(model: Model, image: Float32[np.ndarray, "C H W"]) -> Encoded:

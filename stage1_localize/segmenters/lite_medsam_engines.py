@@ -10,8 +10,9 @@ import hashlib
 import importlib.resources
 import io
 import warnings
+from abc import ABC, abstractmethod
 from functools import cache, cached_property
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,40 +24,37 @@ from shared.errors import CorruptError
 WEIGHTS_SHA256 = "79d8c9dca6db4d69d3f905579e5250af05e859fff9c1f543e89a513c3028ce76"
 PREPROCESSING = "longest side 256 px antialiased bilinear, min-max, zeros below and right; version 1"
 Engine = Literal["onnxruntime", "torch"]
+GRAPHS = ("encoder", "decoder")
 
 
-class Model(Protocol):
+class Model(ABC):
     """LiteMedSAM as one engine computes it: one image and one box a call, on the threads that torch has."""
 
-    identity: dict[str, Any]
+    engine: Engine
 
-    @property
+    @cached_property
     def embedding_of_blank(self) -> Float[Tensor, "256 64 64"]:
         """Embedding of a padded input of zeros, computed once."""
-        ...
+        return self.embed(torch.zeros(3, 256, 256))
 
+    @abstractmethod
     def embed(self, pixels: Float[Tensor, "3 256 256"]) -> Float[Tensor, "256 64 64"]:
         """Embed one padded input, [0, 1]."""
-        ...
 
+    @abstractmethod
     def decode(
         self, embedding: Float[Tensor, "256 64 64"], box_xyxy_px: Float[Tensor, "4"]
     ) -> Float[Tensor, "256 256"]:
         """Mask logits of one half-open box in px of the padded input, at the decoder's own resolution."""
-        ...
 
 
-class TorchModel:
+class TorchModel(Model):
     """The package's classes, batch norms folded into convolutions, channels last."""
 
-    def __init__(self) -> None:
-        self.identity = _identity("torch cpu float32, batch norm folded, one image and one box a call")
-        self._model = load_package()
+    engine: Engine = "torch"
 
-    @cached_property
-    def embedding_of_blank(self) -> Float[Tensor, "256 64 64"]:
-        """As `Model.embedding_of_blank`."""
-        return self.embed(_blank())
+    def __init__(self) -> None:
+        self._model = load_package()
 
     def embed(self, pixels: Float[Tensor, "3 256 256"]) -> Float[Tensor, "256 64 64"]:
         """As `Model.embed`."""
@@ -81,23 +79,16 @@ class TorchModel:
         return logits[0, 0]
 
 
-class OnnxModel:
+class OnnxModel(Model):
     """The shipped graphs with the package's weights, through ONNX Runtime."""
 
-    def __init__(self) -> None:
-        graphs = {which: _graph(which) for which in ("encoder", "decoder")}
-        self.identity = _identity("onnxruntime cpu float32, batch norm folded, one image and one box a call") | {
-            f"{which}_graph_sha256": hashlib.sha256(graph).hexdigest() for which, graph in graphs.items()
-        }
-        model = load_package()
-        self._tensors = {which: graph_tensors(model, which) for which in graphs}
-        self._graphs, self._threads = graphs, 0
-        self._sessions: dict[str, Any] = {}
+    engine: Engine = "onnxruntime"
 
-    @cached_property
-    def embedding_of_blank(self) -> Float[Tensor, "256 64 64"]:
-        """As `Model.embedding_of_blank`."""
-        return self.embed(_blank())
+    def __init__(self) -> None:
+        model = load_package()
+        self._tensors = {which: graph_tensors(model, which) for which in GRAPHS}
+        self._threads = 0
+        self._sessions: dict[str, Any] = {}
 
     def embed(self, pixels: Float[Tensor, "3 256 256"]) -> Float[Tensor, "256 64 64"]:
         """As `Model.embed`."""
@@ -114,12 +105,8 @@ class OnnxModel:
         if torch.get_num_threads() != self._threads:  # a session's threads are fixed: torch's setting is followed
             self._sessions, self._threads = {}, torch.get_num_threads()
         if which not in self._sessions:
-            self._sessions[which] = _session(self._graphs[which], self._tensors[which], self._threads)
+            self._sessions[which] = _session(_graph(which), self._tensors[which], self._threads)
         return torch.from_numpy(self._sessions[which].run(None, inputs)[0])
-
-
-def _blank() -> Float[Tensor, "3 256 256"]:
-    return torch.zeros(3, 256, 256)
 
 
 def _session(graph: bytes, tensors: dict[str, np.ndarray], threads: int) -> Any:
@@ -161,8 +148,16 @@ def graph_tensors(model: Any, which: str) -> dict[str, np.ndarray]:
     return {f"w:{name};": value for name, value in {**plain, **turned, **columns}.items()}
 
 
-def _identity(numeric: str) -> dict[str, Any]:
-    return {"weights_sha256": WEIGHTS_SHA256, "preprocessing": PREPROCESSING, "numeric": numeric}
+@cache
+def identity_of(engine: Engine) -> dict[str, Any]:
+    """What pins an engine's results: weights, graphs, preprocessing and numeric settings; loads no model."""
+    graphs = GRAPHS if engine == "onnxruntime" else ()
+    return {
+        "weights_sha256": WEIGHTS_SHA256,
+        "preprocessing": PREPROCESSING,
+        "numeric": f"{engine} cpu float32, batch norm folded, one image and one box a call",
+        **{f"{which}_graph_sha256": hashlib.sha256(_graph(which)).hexdigest() for which in graphs},
+    }
 
 
 @cache

@@ -9,7 +9,6 @@ from stage1_localize.contracts import Batch, Detections
 from stage1_localize.evaluate import Case
 from stage1_localize.grounders.lite_head import Answer
 from stage1_localize.segmenters.lite_medsam import Encoded, encoder_key
-from stage1_localize.segmenters.lite_medsam_engines import load_model
 
 
 def one(hits: int, found: int, true: int, dice: float | None = None, *, fold: int = 0, group: str = "g") -> Try:
@@ -98,7 +97,7 @@ def case_and_batch(image_value: float = 1.0) -> tuple[Case, Batch]:
     truth = np.zeros((256, 256), bool)
     truth[118:138, 118:138] = True
     batch = Batch([image])
-    batch.memo(encoder_key(load_model()), lambda: [Encoded(torch.zeros(256, 64, 64), 256, 256, 256, 256)])
+    batch.memo(encoder_key(), lambda: [Encoded(torch.zeros(256, 64, 64), 256, 256, 256, 256)])
     boxes = {"thing": np.array([[118, 118, 138, 138]], np.float32)}
     return Case("g", image, {"thing": truth}, boxes, frozenset({"other"})), batch
 
