@@ -35,10 +35,9 @@ from shared.config import digest
 from shared.corpus import SAMPLES
 from shared.errors import CorruptError, IncompatibleError, InputMissingError, UsageError
 from shared.lease import Lease
-from shared.workspace import SPEC, begin
+from shared.workspace import RESOLVED, SPEC, begin
 
 Verdict = Literal["identical", "tolerant", "drift", "missing", "corrupt", "unrecomputable"]
-RESOLVED = "resolved.yaml"
 MAPS = "maps made again"
 LEVELS = ("integrity", "masks", "maps", "all")
 

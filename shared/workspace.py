@@ -17,6 +17,10 @@ from shared.lease import LEASE, lease_holder
 SPEC = "run/spec.json"
 
 
+RESOLVED = "resolved.yaml"
+"""What ran, every setting spelled out."""
+
+
 def begin(
     out: Path,
     *,
@@ -52,7 +56,7 @@ def begin(
         fsync_folder(folder)
     # First of all, and its draft below run/ too: a kill from here on leaves a folder that is known for a run.
     write_atomic(out / SPEC, rfc8785.dumps(_wanted(kind, inputs, spec)))
-    write_atomic(out / "resolved.yaml", resolved.encode())
+    write_atomic(out / RESOLVED, resolved.encode())
     return status, None
 
 

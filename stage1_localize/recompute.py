@@ -22,13 +22,12 @@ from shared.merkle import row_digest
 from shared.region_layout import plan_rows_per_shard
 from shared.region_record import detections_digest
 from shared.regions import RegionStore, SampleRow
+from shared.workspace import RESOLVED
 from stage1_localize.answer import Answer, Failure, answer
 from stage1_localize.config import LocalizeConfig
 from stage1_localize.contracts import Region
 from stage1_localize.job import specify
 from stage1_localize.parts import Parts, build_parts, resolve
-
-RESOLVED = "resolved.yaml"
 
 
 @dataclass(frozen=True)

@@ -29,14 +29,14 @@ from shared.images import find_sources
 from shared.lease import Lease
 from shared.region_journal import ShardJournal
 from shared.region_layout import QUARANTINE, SAMPLES
-from shared.region_record import Sample
+from shared.region_record import Sample, detections_digest
 from shared.region_verify import verify_store
 from shared.region_writer import FINISHED, assemble_shard, create_store, drop_journal, finalise, pending_shards
 from shared.regions import RegionStore, SampleRow, open_region_store
 from shared.runlog import RunLog
 from shared.signals import Signals
-from shared.workspace import begin
-from stage1_localize.recompute import RESOLVED, Made, Recomputer, same
+from shared.workspace import RESOLVED, begin
+from stage1_localize.recompute import Made, Recomputer, same
 
 REPORT = "report.html"
 ORIGIN = "run/origin"
@@ -347,8 +347,6 @@ def _sample(line: SampleRow) -> Sample:
 
 
 def _detections_match(line: SampleRow, boxes: np.ndarray, scores: np.ndarray, regions: np.ndarray) -> bool:
-    from shared.region_record import detections_digest
-
     return detections_digest(boxes, scores, regions) == line.detections_digest
 
 

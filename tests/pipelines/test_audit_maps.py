@@ -18,19 +18,22 @@ from shared.regions import RegionStore
 from stage1_localize import answer
 from stage1_localize.grounders.planted import WORDS, Planted, draw
 from stage1_localize.job import localize
-from tests.stage1_localize.planted_corpus import recipe, write_images
+from tests.stage1_localize.planted_corpus import planted_store, recipe, write_images
 
 
 @pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = write_images(tmp_path_factory.mktemp("audited") / "images", 21)
-    (folder / "broken.png").write_bytes(b"no picture")
-    return folder
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[RegionStore, Path]:
+    return planted_store(tmp_path_factory.mktemp("audited"))
 
 
-@pytest.fixture(scope="module")
-def store(images: Path, tmp_path_factory: pytest.TempPathFactory) -> RegionStore:
-    return localize(recipe(), images=images, out=tmp_path_factory.mktemp("store") / "store")
+@pytest.fixture
+def store(made: tuple[RegionStore, Path]) -> RegionStore:
+    return made[0]
+
+
+@pytest.fixture
+def images(made: tuple[RegionStore, Path]) -> Path:
+    return made[1]
 
 
 def lying(images: Path, out: Path, monkeypatch: pytest.MonkeyPatch, change) -> Path:

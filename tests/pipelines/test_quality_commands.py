@@ -57,6 +57,15 @@ def naive_dice() -> float:
     return float(np.mean(values))
 
 
+def is_sound(opened: Opened) -> None:
+    """Nothing overflows on a phone or a desk, nothing is faint, every picture is there."""
+    for width in (400, 1280):
+        opened.page.set_viewport_size({"width": width, "height": 800})
+        assert opened.page.evaluate(OVERFLOW) == []
+    assert opened.page.evaluate(FAINT)[1] == []
+    assert opened.page.locator("img").count() == 2 * (COUNT - 1)
+
+
 def test_a_store_is_scored_on_the_command_line(made: Path, mwm, tmp_path: Path) -> None:
     before = {path: path.read_bytes() for path in (made / "store").rglob("*") if path.is_file()}
     command = ["score", made / "store", "--labels", made / "coco.json"]
@@ -103,11 +112,7 @@ def test_its_page_stands_alone_and_shows_the_images_of_least_agreement(made: Pat
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox", "--disable-gpu"])
         with Opened(browser, tmp_path / "out" / "report.html", viewport={"width": 400, "height": 800}) as opened:
-            for width in (400, 1280):
-                opened.page.set_viewport_size({"width": width, "height": 800})
-                assert opened.page.evaluate(OVERFLOW) == []
-            assert opened.page.evaluate(FAINT)[1] == []
-            assert opened.page.locator("img").count() == 2 * (COUNT - 1)
+            is_sound(opened)
             assert opened.page.evaluate("[...document.images].every((image) => image.naturalWidth > 0)")
             assert opened.complaints == []
         browser.close()
@@ -200,11 +205,7 @@ def test_the_page_of_wordings_stands_alone(made: Path, mwm, tmp_path: Path) -> N
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox", "--disable-gpu"])
         with Opened(browser, tmp_path / "words" / "report.html", viewport={"width": 400, "height": 800}) as opened:
-            for width in (400, 1280):
-                opened.page.set_viewport_size({"width": width, "height": 800})
-                assert opened.page.evaluate(OVERFLOW) == []
-            assert opened.page.evaluate(FAINT)[1] == []
-            assert opened.page.locator("img").count() == 2 * (COUNT - 1)
+            is_sound(opened)
             assert opened.complaints == []
         browser.close()
 

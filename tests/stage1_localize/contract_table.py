@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -65,73 +66,34 @@ def labels(folder: Path) -> dict[str, Any]:
     return {"labels": str(folder / "labels.json")}
 
 
-def clip(folder: Path) -> dict[str, Any]:
-    """A tiny CLIP of `transformers`, saliency cut into boxes."""
-    from tests.stage1_localize.grounders.tiny_clip import build_clip
+def tiny(module: str, build: str) -> Builder:
+    """A tiny random model, by the builder beside the part's own test; imported when it is asked for."""
 
-    return build_clip(folder / "model")
+    def built(folder: Path) -> dict[str, Any]:
+        options: dict[str, Any] = getattr(import_module(f"tests.stage1_localize.{module}"), build)(folder / "model")
+        return options
 
-
-def dino(folder: Path) -> dict[str, Any]:
-    """A tiny GroundingDINO of `transformers`."""
-    from tests.stage1_localize.grounders.tiny_grounding_dino import build_native
-
-    return build_native(folder / "model")
-
-
-def legacy_dino(folder: Path) -> dict[str, Any]:
-    """The same as the legacy package reads it."""
-    from tests.stage1_localize.grounders.tiny_grounding_dino import build_legacy
-
-    return build_legacy(folder / "model")
-
-
-def sam3(folder: Path) -> dict[str, Any]:
-    """A tiny SAM 3."""
-    from tests.stage1_localize.grounders.tiny_sam3 import build_sam3
-
-    return build_sam3(folder / "model")
-
-
-def sam(folder: Path) -> dict[str, Any]:
-    """A tiny SAM."""
-    from tests.stage1_localize.segmenters.tiny_sam import build_sam
-
-    return build_sam(folder / "model")
-
-
-def sam2(folder: Path) -> dict[str, Any]:
-    """A tiny SAM 2."""
-    from tests.stage1_localize.segmenters.tiny_sam import build_sam2
-
-    return build_sam2(folder / "model")
-
-
-def segment_anything(folder: Path) -> dict[str, Any]:
-    """A tiny SAM as the legacy package reads it."""
-    from tests.stage1_localize.segmenters.tiny_sam import build_segment_anything
-
-    return build_segment_anything(folder / "model")
+    return built
 
 
 GROUNDER_TABLE: dict[str, GrounderEntry] = {
-    "biomedclip": GrounderEntry(clip, quick=True),
+    "biomedclip": GrounderEntry(tiny("grounders.tiny_clip", "build_clip"), quick=True),
     "contrast": GrounderEntry(nothing, finds=True, quick=True),
-    "grounding_dino": GrounderEntry(dino),
-    "groundingdino_py": GrounderEntry(legacy_dino),
+    "grounding_dino": GrounderEntry(tiny("grounders.tiny_grounding_dino", "build_native")),
+    "groundingdino_py": GrounderEntry(tiny("grounders.tiny_grounding_dino", "build_legacy")),
     "lite": GrounderEntry(nothing, ("brain", "white blood cell")),
     "oracle": GrounderEntry(labels, ("blob", "Other Blob"), absent="nowhere", finds=True, by_sample=True),
     "planted": GrounderEntry(nothing, ("disc", "box"), absent="nothing", finds=True, quick=True),
-    "sam3": GrounderEntry(sam3),
+    "sam3": GrounderEntry(tiny("grounders.tiny_sam3", "build_sam3")),
     "supervoxels": GrounderEntry(nothing, by_name=True, quick=True),
 }
 SEGMENTER_TABLE: dict[str, SegmenterEntry] = {
     "boxfill": SegmenterEntry(nothing, finds=True),
     "lite_medsam": SegmenterEntry(nothing, finds=True),
     "none": SegmenterEntry(nothing, takes_boxes=False),
-    "sam": SegmenterEntry(sam),
-    "sam2": SegmenterEntry(sam2),
-    "segment_anything": SegmenterEntry(segment_anything),
+    "sam": SegmenterEntry(tiny("segmenters.tiny_sam", "build_sam")),
+    "sam2": SegmenterEntry(tiny("segmenters.tiny_sam", "build_sam2")),
+    "segment_anything": SegmenterEntry(tiny("segmenters.tiny_sam", "build_segment_anything")),
 }
 
 

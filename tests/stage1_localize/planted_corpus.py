@@ -10,7 +10,9 @@ import numpy as np
 from PIL import Image as Pillow
 
 from shared.config import load
+from shared.regions import RegionStore
 from stage1_localize.config import LocalizeConfig
+from stage1_localize.job import localize
 
 ROOT = Path(__file__).parents[2]
 HEIGHT, WIDTH, SIDE = 60, 80, 12
@@ -58,6 +60,13 @@ def recipe(**fields: Any) -> LocalizeConfig:
     return load(LocalizeConfig, {**defaults, **fields})
 
 
+def planted_store(folder: Path) -> tuple[RegionStore, Path]:
+    """A store of 21 images and a broken one, and the images."""
+    images = write_images(folder / "images", 21)
+    (images / "broken.png").write_bytes(b"no picture")
+    return localize(recipe(), images=images, out=folder / "store"), images
+
+
 def start(images: Path, out: Path, config: LocalizeConfig, patch: str = "") -> "subprocess.Popen[str]":
     """Run `localize` in a process of its own, which ends with the error's exit code.
 
@@ -71,6 +80,7 @@ def start(images: Path, out: Path, config: LocalizeConfig, patch: str = "") -> "
 import json, pathlib, sys, time
 {patch}
 from shared.config import load
+from shared.regions import RegionStore
 from shared.errors import MwmError
 from stage1_localize.config import LocalizeConfig
 from stage1_localize.job import localize

@@ -11,17 +11,13 @@ from shared.errors import IncompatibleError, InputMissingError
 from shared.regions import RegionStore, open_region_store
 from stage1_localize.contracts import Region
 from stage1_localize.grounders.planted import Planted
-from stage1_localize.job import localize
 from stage1_localize.recompute import Recomputer, differs_by, same
-from tests.stage1_localize.planted_corpus import recipe, write_images
+from tests.stage1_localize.planted_corpus import planted_store, write_images
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[RegionStore, Path]:
-    folder = tmp_path_factory.mktemp("recompute")
-    images = write_images(folder / "images", 21)
-    (images / "broken.png").write_bytes(b"no picture")
-    return localize(recipe(), images=images, out=folder / "store"), images
+    return planted_store(tmp_path_factory.mktemp("recompute"))
 
 
 def test_every_row_is_made_again_to_the_bit(made):

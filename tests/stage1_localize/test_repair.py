@@ -15,19 +15,15 @@ from shared.artifact import read_card, verify
 from shared.errors import CorruptError, InterruptedRun, QuarantineError, SpecMismatchError, UsageError
 from shared.region_verify import verify_store
 from shared.regions import RegionStore, open_region_store
-from stage1_localize.job import localize
 from stage1_localize.repair import lines, migrate, repair
-from tests.stage1_localize.planted_corpus import ROOT, recipe, write_images
+from tests.stage1_localize.planted_corpus import ROOT, planted_store
 
 GOLDEN = ROOT / "tests" / "compat" / "v0.1.0" / "regions"
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[RegionStore, Path]:
-    folder = tmp_path_factory.mktemp("repair")
-    images = write_images(folder / "images", 21)
-    (images / "broken.png").write_bytes(b"no picture")
-    return localize(recipe(), images=images, out=folder / "store"), images
+    return planted_store(tmp_path_factory.mktemp("repair"))
 
 
 @pytest.fixture

@@ -21,12 +21,7 @@ from stage1_localize.segmenters.lite_medsam import Encoded, LiteMedSam
 WEIGHTS = importlib.resources.files("stage1_localize").joinpath("weights")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

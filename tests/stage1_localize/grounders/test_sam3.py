@@ -23,12 +23,7 @@ from tests.stage1_localize.segmenters.tiny_sam import build_sam
 LUNG, TUMOUR = Region("lung", ("left lung", "heart")), Region("tumour", ("tumour",))
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -14,13 +14,7 @@ from stage1_localize.segmenters import lite_medsam_engines as engines
 from stage1_localize.segmenters.lite_medsam import Encoded, LiteMedSam, encode, encode_image, encoder_key, letterbox
 from stage1_localize.segmenters.lite_medsam_engines import load_model
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def disc(height: int, width: int, x: float, y: float, radius: float) -> np.ndarray:

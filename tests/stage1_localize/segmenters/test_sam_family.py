@@ -31,12 +31,7 @@ BUILD: dict[str, tuple[str, Callable[[Path], dict[str, Any]]]] = {
 BOXES = ((5, 4, 40, 30), (20, 10, 79, 50), (0, 0, 80, 50), (50, 20, 60, 28), (1, 30, 20, 49))
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
