@@ -16,6 +16,7 @@ from shared.artifact import read_card
 from shared.errors import UsageError
 from shared.regions import RegionStore
 from stage1_localize import answer
+from stage1_localize.contracts import Detections
 from stage1_localize.grounders.planted import WORDS, Planted, draw
 from stage1_localize.job import localize
 from tests.stage1_localize.planted_corpus import planted_store, recipe, write_images
@@ -96,6 +97,36 @@ def test_the_tolerance_is_two_steps_of_254(images, tmp_path, monkeypatch, step, 
     result = audit(path, level="maps", again=Again(images, "n", 3))
     assert by_check(result)["maps made again"] == [(verdict, 3)]
     assert result.exit_code == code
+
+
+def test_few_pixels_of_a_small_region_or_another_score_are_drift(images, tmp_path, monkeypatch):
+    def bite(maps):
+        rows, columns = np.nonzero(maps[0])
+        maps[0][rows[:60], columns[:60]] = 0  # under .1 % of all pixels, 3 % of the region
+
+    path = lying(images, tmp_path / "bitten", monkeypatch, bite)
+    result = audit(path, level="maps", again=Again(images, "n", 3))
+    assert by_check(result)["maps made again"] == [("drift", 3)]
+    ((_, found),) = result.maps
+    assert min(row.pixels_within for row in found.rows) >= 0.999
+    whole = answer.encode_scores
+    with monkeypatch.context() as patch:
+        patch.setattr(answer, "encode_scores", lambda scores: whole(scores) // 2)
+        path = localize(recipe(), images=images, out=tmp_path / "scores").path
+    result = audit(path, level="maps", again=Again(images, "n", 3))
+    assert by_check(result)["maps made again"] == [("drift", 3)]
+    assert "scores by 0.5" in next(row.detail for row in result.rows if row.verdict == "drift")
+
+
+def test_a_neighbour_that_is_gone_may_be_why(store, images, tmp_path, monkeypatch):
+    poor = shutil.copytree(images, tmp_path / "images")
+    for name in ("000.png", "004.png"):
+        (poor / name).unlink()
+    monkeypatch.setattr(Planted, "locate", lambda self, batch, regions: [Detections.none() for _ in batch.images])
+    result = audit(store.path, level="maps", again=Again(poor, "n", None))
+    assert {verdict for verdict, _ in by_check(result)["maps made again"]} == {"unrecomputable", "drift"}
+    ((_, found),) = result.maps
+    assert any("shared its model call" in row.detail for row in found.rows)
 
 
 def test_images_that_are_gone_are_counted_and_nothing_else_left_is_5(store, images, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 
 from shared.errors import IncompatibleError, InputMissingError
 from shared.regions import RegionStore, open_region_store
-from stage1_localize.contracts import Region
+from stage1_localize.contracts import Detections, Region
 from stage1_localize.grounders.planted import Planted
 from stage1_localize.recompute import Recomputer, differs_by, same
 from tests.stage1_localize.planted_corpus import planted_store, write_images
@@ -52,6 +52,16 @@ def test_a_row_that_depends_on_its_neighbours_is_made_with_them(made, monkeypatc
     assert len(places[1]) == store.card.identity.spec["numeric"]["micro_batch"]
 
 
+def test_a_neighbour_that_is_gone_is_said_where_it_may_matter(made, monkeypatch, tmp_path):
+    store, images = made
+    poor = shutil.copytree(images, tmp_path / "images")
+    (poor / "008.png").unlink()
+    monkeypatch.setattr(Planted, "locate", lambda self, batch, regions: [Detections.none() for _ in batch.images])
+    found = Recomputer(store, poor).make(store.row("009.png"))
+    assert not found.whole
+    assert Recomputer(store, images).make(store.row("009.png")).whole
+
+
 def test_an_image_that_is_gone_or_another_is_said(made, tmp_path):
     store, images = made
     copy = shutil.copytree(images, tmp_path / "images")
@@ -85,6 +95,8 @@ def test_other_regions_can_be_asked_of_the_same_rows(made):
 def test_the_settings_come_from_the_card_even_if_the_recipe_is_lost(made, tmp_path):
     store, images = made
     copy = shutil.copytree(store.path, tmp_path / "store")
+    (copy / "resolved.yaml").write_text("grounder: {name: planted, options: {level_milli: 3}}")
+    assert same(Recomputer(open_region_store(copy), images).make(0).answer, store.samples[0]), "the card decides"
     (copy / "resolved.yaml").write_text("regions: {spot: [")
     assert same(Recomputer(open_region_store(copy), images).make(0).answer, store.samples[0])
 

@@ -8,11 +8,14 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from shared import artifact
 from shared.artifact import read_card, verify
 from shared.errors import CorruptError, InterruptedRun, QuarantineError, SpecMismatchError, UsageError
+from shared.region_arrays import create_detections, read_detections
+from shared.region_layout import ARRAYS
 from shared.region_verify import verify_store
 from shared.regions import RegionStore, open_region_store
 from stage1_localize.repair import lines, migrate, repair
@@ -51,7 +54,14 @@ def swap(one: Path, other: Path) -> None:
     other.write_bytes(kept)
 
 
+def other_boxes(store: Path) -> None:
+    """Other values under checksums that are right."""
+    boxes, scores, regions, offsets = read_detections(store / ARRAYS, 22, 42)
+    create_detections(store / ARRAYS, boxes + np.int32(16), scores, regions, offsets)
+
+
 DAMAGE = {
+    "other boxes, checksums right": other_boxes,
     "a bit of a map": lambda store: flip(chunk(store, 1)),
     "a shard is gone": lambda store: lose(chunk(store, 3)),
     "two shards swapped": lambda store: swap(chunk(store, 0), chunk(store, 4)),
@@ -76,6 +86,7 @@ def test_whatever_is_damaged_the_new_store_has_the_old_id(made, damaged, tmp_pat
     assert done.store.card.artifact_id == store.card.artifact_id == done.store.card.provenance.supersedes
     assert not verify(done.store.path, done.store.card)
     assert not verify_store(done.store.path, done.store.card)
+    assert not verify(done.store.path / "corpus", read_card(done.store.path / "corpus", "corpus"))
     assert before == {path: path.read_bytes() for path in damaged.rglob("*") if path.is_file()}
     assert any("the id that it had" in line for line in lines(done))
     again = repair(damaged, images=images, out=tmp_path / "new")

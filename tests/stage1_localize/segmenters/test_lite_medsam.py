@@ -123,7 +123,7 @@ def test_both_engines_give_the_same_probabilities_and_say_which_they_are():
     found = [part.segment(Batch([image]), [boxes((19, 129, 81, 191))])[0] for part in parts]
     assert np.abs(found[0] - found[1]).max() <= 1e-4
     assert found[0].max() > 0.9
-    assert len({digest(part.identity()) for part in parts}) == 2
+    assert [part.identity()["numeric"].split()[0] for part in parts] == ["onnxruntime", "torch"]
 
 
 def test_the_shipped_graphs_hold_no_weights_and_no_place():

@@ -18,7 +18,7 @@ from stage1_localize.frames import letterboxed, squashed, to_map_frame
 from stage1_localize.segmenters import SEGMENTERS
 from stage1_localize.segmenters.sam import Sam
 from stage1_localize.segmenters.sam2 import Sam2
-from stage1_localize.segmenters.sam_boxes import Preprocessing, best_of, prepare
+from stage1_localize.segmenters.sam_boxes import Preprocessing, best_of, medsam_preprocessing, prepare
 from stage1_localize.segmenters.segment_anything import SegmentAnything
 from tests.stage1_localize.segmenters.tiny_sam import build_sam, build_sam2, build_segment_anything
 
@@ -184,7 +184,7 @@ def test_a_grey_image_is_three_equal_channels_and_medsam_stretches_it():
     grey = image(20, 40)
     how = Preprocessing(64, "letterbox")
     assert torch.equal(prepare(grey, how), prepare(np.repeat(grey, 3, axis=0), how))
-    medsam = Preprocessing(64, "squash", (0.0,) * 3, (1.0,) * 3, stretch=True, mode="bicubic")
+    medsam = medsam_preprocessing(64)
     pixels = prepare(grey * 0.3 + 0.2, medsam)
     assert (pixels.min(), pixels.max()) == (0, 1)
     assert not prepare(np.full((1, 5, 5), 0.7, np.float32), medsam).any()
