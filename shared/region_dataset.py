@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset
 
@@ -50,20 +51,21 @@ class RegionMaps(Dataset[Any]):
         images: Path | str | None = None,
         transform: Callable[[Item], Any] | None = None,
     ) -> None:
-        self._samples = flat_samples(store.samples, store.grid)
-        if not self._samples:
+        samples = flat_samples(store.samples, store.grid)
+        if not samples:
             raise UsageError(f"region store: none of its {len(store.samples)} samples has region maps")
         self.store = store
         self.transform = transform
-        self.sample_ids = [sample.sample_id for sample in self._samples]
-        self.left_out = len(store.samples) - len(self._samples)
-        self._sources = None if images is None else find_images(self._samples, Path(images).absolute())
+        self.sample_ids = [sample.sample_id for sample in samples]
+        self.left_out = len(store.samples) - len(samples)
+        self._rows = np.array([sample.row for sample in samples])  # a row's line stays on disk: each takes a kilobyte
+        self._sources = None if images is None else find_images(samples, Path(images).absolute())
 
     def __len__(self) -> int:
-        return len(self._samples)
+        return len(self._rows)
 
     def __getitem__(self, index: int) -> Any:
-        sample = self._samples[index]
+        sample = self.store.samples[int(self._rows[index])]
         item: Item = {
             "maps": torch.from_numpy(decode_probability(self.store.maps([sample.row])[0])),
             "sample_id": sample.sample_id,

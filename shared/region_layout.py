@@ -21,6 +21,9 @@ QUARANTINE = "quarantine.jsonl"
 ABSENT = 255
 """Value of a map that does not exist. Probabilities end at 254, so a lost chunk can't pass for data."""
 
+HALF = 127
+"""A probability of 0.5 as it is stored."""
+
 QUARTER = 4
 """Side, in map pixels, of the cells that the quarter level averages."""
 

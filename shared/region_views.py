@@ -122,13 +122,17 @@ def describe_html(store: RegionStore) -> str:
 
 def _gallery(store: RegionStore) -> str:
     """Some samples' maps, spread over the store."""
-    usable = [sample for sample in store.samples if sample.status == "ok"] if len(store.grid) == 2 else []
-    places = np.linspace(0, len(usable) - 1, min(_GALLERY, len(usable))).round().astype(int)
+    places = np.linspace(0, len(store) - 1, min(4 * _GALLERY, len(store))).round().astype(int)
+    tried = (store.samples[place] for place in places.tolist() if len(store.grid) == 2)  # not all: it may be a million
+    usable = [sample for sample in tried if sample.status == "ok"]
+    chosen = [
+        usable[place] for place in np.linspace(0, len(usable) - 1, min(_GALLERY, len(usable))).round().astype(int)
+    ]
     figures = "".join(
         '<figure style="display:inline-block;margin:4px">'
         f"{picture(paint_sample(store, sample.sample_id, side_px=_GALLERY_PX).pixels, sample.sample_id)}"
         f'<figcaption style="font-size:smaller">{escape(sample.sample_id)}</figcaption></figure>'
-        for sample in (usable[place] for place in places)
+        for sample in chosen
     )
     return f"<div>{figures}</div>"
 

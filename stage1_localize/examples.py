@@ -14,7 +14,7 @@ from scipy import ndimage
 
 from shared.errors import CorruptError
 from shared.region_arrays import ShardedArray
-from shared.region_layout import ABSENT, ARRAYS, RESTORE
+from shared.region_layout import ARRAYS, HALF, RESTORE
 
 SPREAD, LOW, FRAGMENTED, UNUSUAL, NOTHING = (
     "evenly spread",
@@ -27,7 +27,6 @@ SPREAD_MAX = 8
 WORST_MAX = 2
 """Of each rule."""
 EXAMPLES_MAX = SPREAD_MAX + 4 * WORST_MAX
-_HALF = ABSENT // 2
 _SCORE_MAX = 65535
 
 
@@ -65,7 +64,7 @@ def measure(arrays: Path, rows: Sequence[int], regions: int) -> list[Measured]:
     stored, found = ShardedArray(arrays / "maps"), Detected(arrays)
     measured = []
     for row in rows:
-        inside = read_maps(stored, row) >= _HALF
+        inside = read_maps(stored, row) >= HALF
         parts = tuple(ndimage.label(part)[1] for part in inside)
         shares = tuple(float(part.mean()) for part in inside)
         measured.append(Measured(row, shares, parts, found.best_scores(row, regions)))

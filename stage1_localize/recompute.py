@@ -16,10 +16,19 @@ import numpy as np
 from jaxtyping import Float32, Int32, UInt8, UInt16
 
 from shared.config import load, read_yaml
-from shared.errors import ConfigError, DecodeError, IncompatibleError, InputMissingError, MwmError, UsageError
-from shared.images import Image, Source, find_sources, read_image
+from shared.errors import (
+    ConfigError,
+    CorruptError,
+    DecodeError,
+    IncompatibleError,
+    InputMissingError,
+    MwmError,
+    UsageError,
+)
+from shared.images import Image, Source, find_sources
 from shared.merkle import row_digest
-from shared.region_layout import plan_rows_per_shard
+from shared.region_images import read_localized
+from shared.region_layout import HALF, plan_rows_per_shard
 from shared.region_record import detections_digest
 from shared.regions import RegionStore, SampleRow
 from shared.workspace import RESOLVED
@@ -134,18 +143,16 @@ class Recomputer:
 
     def _image(self, sample: SampleRow) -> Image | str:
         """The image of a row, or why it cannot be had."""
-        source = self.sources.get(sample.sample_id)
-        if source is None:
+        if sample.sample_id not in self.sources:
             return "its image is not there"
         try:
-            image = read_image(source)
+            return read_localized(sample, self.sources)
         except DecodeError as error:
             return f"its image cannot be read: {error.reason}"
+        except CorruptError:
+            return "its image has other bytes than were localized"
         except OSError as error:
             return f"its image cannot be read: {type(error).__name__}"
-        if image.source_sha256 != sample.source_sha256:
-            return "its image has other bytes than were localized"
-        return image
 
 
 def same(made: Answer, sample: SampleRow) -> bool:
@@ -173,7 +180,7 @@ def differs_by(
     maps, boxes, scores, regions = kept
     apart = np.abs(maps.astype(np.int16) - made.maps.astype(np.int16))
     overlaps = []
-    for one, other in zip(maps >= 127, made.maps >= 127, strict=True):
+    for one, other in zip(maps >= HALF, made.maps >= HALF, strict=True):
         union = int((one | other).sum())
         overlaps.append(int((one & other).sum()) / union if union else 1.0)
     told = None

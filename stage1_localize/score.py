@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Float32, UInt8
 
+from shared.region_layout import HALF
 from shared.regions import RegionStore, decode_boxes
 from stage1_localize.coco import Labelled, Thing
 from stage1_localize.evaluate import bootstrap, hits_of
@@ -21,8 +22,6 @@ from stage1_localize.score_labels import Truth, true_pixels
 
 THRESHOLDS = tuple(round(0.05 * step, 2) for step in range(1, 20))
 BINS = 10
-_HALF = 127
-"""0.5 as maps are stored."""
 _RESAMPLES_AP = 200
 _LEVELS = np.arange(255)
 
@@ -141,12 +140,12 @@ def _pixels(
     above = every[::-1].cumsum()[::-1]  # pixels at this level or more
     shared = inside[::-1].cumsum()[::-1]
     if not things:
-        tally.add("false_pixels", group, above[_HALF] / pixels)
+        tally.add("false_pixels", group, above[HALF] / pixels)
         return None
     total = int(true.sum())
     if not total:  # ignored as a whole, or lost between map pixels: finding nothing is no merit here
         return None
-    both, found = int(shared[_HALF]), int(above[_HALF])
+    both, found = int(shared[HALF]), int(above[HALF])
     dice = _ratio(2 * both, found + total)
     tally.add("dice", group, dice)
     tally.add("iou", group, _ratio(both, found + total - both))

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Float32, UInt8
 
 from shared.errors import DecodeError, PromptError, QuarantineError, UsageError
 from shared.images import Image, Source, read_image
-from shared.region_layout import decode_probability
+from shared.region_layout import HALF, decode_probability
 from stage1_localize.answer import Answer, Failure, answer
 from stage1_localize.coco import Labelled
 from stage1_localize.config import LocalizeConfig, part_options
@@ -29,8 +29,6 @@ from stage1_localize.score_labels import label_sources, true_pixels
 WORDINGS_MAX = 16
 """Of a region: their pairs are compared, and their pictures stand side by side."""
 PICTURED_MAX = 8
-_HALF = 127
-"""0.5 as maps are stored."""
 
 
 @dataclass(frozen=True)
@@ -210,7 +208,7 @@ def _count(
     found: list[bool],
     truth: Bool[np.ndarray, "s s"] | None,
 ) -> None:
-    cut = (maps >= _HALF).reshape(len(maps), -1)
+    cut = (maps >= HALF).reshape(len(maps), -1)
     both = cut.astype(np.float32) @ cut.astype(np.float32).T
     areas = cut.sum(axis=1)
     total = areas[:, None] + areas[None]
