@@ -218,6 +218,8 @@ def _outputs(folder: Path, card: Card) -> list[Finding]:
         return [Finding(CARD, f"its outputs cannot be computed again: {error.message}")]
     except KeyError as error:
         return [Finding(CARD, f"its outputs are not those of this kind: {error.args[0]} is not there")]
+    except IncompatibleError as error:
+        return [Finding(CARD, f"its outputs cannot be computed again: {error.message}")]
 
 
 def _differing_outputs(folder: Path, card: Card) -> Iterator[Finding]:
@@ -247,19 +249,10 @@ def _differing_outputs(folder: Path, card: Card) -> Iterator[Finding]:
         if file_sha256(folder / NAMES) != outputs["witness_names"]:
             yield Finding(NAMES, "other names of witnesses than the artifact's id")
     else:
-        from stage3_finetune.predictions import load_predictions
+        from stage3_finetune.rescore import prediction_faults
 
-        found = load_predictions(_present(folder, "predictions.csv"))
-        if found.sha256 != outputs["predictions"]:
-            yield Finding("predictions.csv", "other predictions than the artifact's id")
-        if found.truth_sha256 != outputs.get("predictions_truth", found.truth_sha256):
-            yield Finding("predictions.csv", "other labels, groups or parts than the artifact's id")
-        if "predictions_best_on_val" in outputs:
-            best = load_predictions(_present(folder, "predictions_best_on_val.csv"))
-            if best.sha256 != outputs["predictions_best_on_val"]:
-                yield Finding("predictions_best_on_val.csv", "other predictions than the artifact's id")
-            if best.truth_sha256 != found.part("test").truth_sha256:
-                yield Finding("predictions_best_on_val.csv", "other labels, groups or parts than predictions.csv")
+        for name, problem in prediction_faults(folder, card):
+            yield Finding(name, problem)
 
 
 def _tensors_sha256(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""Pixels -> COCO's run lengths, packed into text as pycocotools reads it; `stage1_localize.outlines` unpacks them."""
+"""Pixels -> COCO's run lengths, packed into text as pycocotools reads it; `shared.outlines` unpacks them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def runs_of(inside: Bool[np.ndarray, "H W"]) -> list[int]:
 
 
 def pack_runs(runs: list[int]) -> str:
-    """Run lengths as COCO's packed text: see `stage1_localize.outlines`.
+    """Run lengths as COCO's packed text: see `shared.outlines`.
 
     >>> pack_runs([5, 2, 2, 2, 2, 2, 1, 1, 3])
     '522000OO2'

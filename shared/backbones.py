@@ -55,6 +55,11 @@ class Backbone:
         """Pixels per position of the deepest feature."""
         return self.reductions[-1]
 
+    @property
+    def args(self) -> dict[str, Any]:
+        """Arguments of ``timm.create_model`` beside channels and classes."""
+        return {**({} if self.output_stride is None else {"output_stride": self.output_stride}), **self.model_args}
+
     def grid(self, size_px: int) -> tuple[int, int]:
         """Positions of the deepest feature of an image, rows and columns.
 
@@ -190,13 +195,12 @@ def export_encoder(
 
     folder.mkdir(parents=True, exist_ok=True)
     model: Any = backbone.model
-    stride = {} if backbone.output_stride is None else {"output_stride": backbone.output_stride}
     cfg = dict(model.pretrained_cfg)
     config = {
         "architecture": backbone.name,
         "num_classes": 0,
         "num_features": model.num_features,
-        "model_args": {"in_chans": backbone.in_chans, **stride, **backbone.model_args},
+        "model_args": {"in_chans": backbone.in_chans, **backbone.args},
         "pretrained_cfg": {
             "num_classes": 0,
             "input_size": [backbone.in_chans, size_px, size_px],

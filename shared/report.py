@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from shared.charts import Row, arms_chart, confusion_matrix, duration_bars, histogram, interval_chart, line_chart
+from shared.charts import Row, arms_chart, duration_bars, histogram, interval_chart, line_chart
 from shared.gallery import Case, Example, cases, gallery, story, wordings
 from shared.page import Made, Section, chips, commands, lineage, lines, listing, page, table
 
@@ -126,8 +126,7 @@ def pretrain_report(
 def finetune_report(
     *,
     scores: Sequence[Row],
-    classes: Sequence[str],
-    confusion: Sequence[Sequence[int]],
+    more: Sequence[Section],
     curves: Series,
     facts: Mapping[str, object],
     note: str,
@@ -139,8 +138,7 @@ def finetune_report(
 
     Args:
         scores: Name, value, lower and upper end of its 95 % interval, on the test part.
-        classes: Names in the order of ``confusion``.
-        confusion: Rows are labels, columns predictions; counts.
+        more: What the task shows of its answers.
         curves: Name -> steps or epochs and values.
         facts: Counts and settings worth a glance.
         note: How to read the scores: number of groups, how intervals are made.
@@ -155,9 +153,7 @@ def finetune_report(
         charts.append(line_chart(others, x_label="epoch", y_label="score"))
     sections = [
         Section("Scores on the test part, touched once", interval_chart(scores, chance=chance), note),
-        Section(
-            "Which class was taken for which", confusion_matrix(classes, confusion), "Counts; shade: share of the row."
-        ),
+        *more,
         Section("How it went", _beside(charts)),
         Section("Most sure and wrong", cases(worst) if worst else ""),
         _left_out({}, warnings),

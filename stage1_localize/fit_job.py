@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.artifact import CARD, NOT_FOR_DIAGNOSIS, Artifact, publish, read_card, write_atomic
+from shared.coco import Labelled
 from shared.config import dump_yaml
 from shared.cores import cores
 from shared.corpus import write_corpus
@@ -21,7 +22,6 @@ from shared.runlog import RunLog, scrub
 from shared.signals import Signals
 from shared.workspace import begin, set_aside
 from stage1_localize.choose import choose, honest_scores
-from stage1_localize.coco import Labelled
 from stage1_localize.fit_config import FitGrounderConfig
 from stage1_localize.fit_plan import Plan, open_images, plan
 from stage1_localize.fit_pool import run_tasks

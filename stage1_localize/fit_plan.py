@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from shared.artifact import Input
+from shared.coco import CocoLabels, Labelled, read_coco
 from shared.corpus import CorpusRow, corpus_id, list_corpus
 from shared.decode import VERSION as DECODE_VERSION
 from shared.errors import ConfigError, DecodeError, UsageError
 from shared.images import find_sources
 from shared.rng import uniform_u32
 from stage1_localize.choose import VERSION as CHOICE_VERSION
-from stage1_localize.coco import CocoLabels, Labelled, read_coco
 from stage1_localize.fit import VERSION as FIT_VERSION
 from stage1_localize.fit import FitSettings
 from stage1_localize.fit_config import FitGrounderConfig

@@ -20,16 +20,16 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from shared.artifact import write_atomic
+from shared.coco import Labelled
 from shared.errors import CorruptError
 from shared.images import Image, read_image
+from shared.outlines import draw
 from stage1_localize.choose import Trier, Try, candidates, try_image
-from stage1_localize.coco import Labelled
 from stage1_localize.contracts import Batch
 from stage1_localize.fit import Example, FitSettings, fit_head
 from stage1_localize.fit_pool import refuse_if_stopped
 from stage1_localize.grounders.lite_card import build_head, load_packaged
 from stage1_localize.grounders.lite_text import encode_text
-from stage1_localize.outlines import draw
 from stage1_localize.pictures import Picture, as_case, as_example, cache_path, cached_encode
 from stage1_localize.segmenters.lite_medsam import LiteMedSam, encoder_key
 

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Float32, UInt8
 
+from shared.coco import Labelled, Thing
 from shared.region_layout import HALF
 from shared.regions import RegionStore, decode_boxes
-from stage1_localize.coco import Labelled, Thing
 from stage1_localize.evaluate import bootstrap, hits_of
 from stage1_localize.score_labels import Truth, true_pixels
 

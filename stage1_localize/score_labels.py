@@ -14,11 +14,11 @@ import torch
 from jaxtyping import Bool, Float32
 from torch.nn.functional import interpolate
 
+from shared.coco import CocoLabels, Labelled, Thing, read_coco
 from shared.errors import UsageError
 from shared.images import Source
+from shared.outlines import Outline, draw
 from shared.regions import RegionStore
-from stage1_localize.coco import CocoLabels, Labelled, Thing, read_coco
-from stage1_localize.outlines import Outline, draw
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Float32, UInt8
 
+from shared.coco import Labelled
 from shared.errors import DecodeError, PromptError, QuarantineError, UsageError
 from shared.images import Image, Source, read_image
 from shared.region_layout import HALF, decode_probability
 from stage1_localize.answer import Answer, Failure, answer
-from stage1_localize.coco import Labelled
 from stage1_localize.config import LocalizeConfig, part_options
 from stage1_localize.contracts import Region
 from stage1_localize.evaluate import bootstrap, dice

@@ -44,6 +44,13 @@ class FinetuneConfig(Strict):
     classes: tuple[str, ...] | None = Field(
         None, description="Class names in order; other labels are an error. None: every label, sorted."
     )
+    fraction_milli: int = Field(
+        1000,
+        ge=1,
+        le=1000,
+        description="Share of the training groups that keep their labels, in thousandths; a smaller share is part of "
+        "a larger one of the same seed.",
+    )
     val_milli: int = Field(
         150, ge=0, le=800, description="Share of val where the table has no split, in thousandths of its samples."
     )

@@ -1,4 +1,4 @@
-"""Images for a classifier: working copies, deterministic light augmentation, batches in a deterministic order.
+"""Images with their targets: working copies, deterministic light augmentation, batches in a deterministic order.
 
 What an item looks like depends on (seed, sample id, epoch) alone: not on the batch, the number of workers, nor
 on whether the run was interrupted.
@@ -7,13 +7,13 @@ on whether the run was interrupted.
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from math import isqrt
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Int64
+from jaxtyping import Float32
 from torch.nn.functional import interpolate
 
 from shared.artifact import file_sha256
@@ -23,25 +23,10 @@ from shared.images import Source, read_image
 from shared.loader import load_ahead
 from shared.rng import below, uniform_u32
 from stage3_finetune.config import AugmentConfig
-from stage3_finetune.labels import Example
+from stage3_finetune.contracts import WHOLE, Batch, Example, Targets, View
 
 WORKING_SIDES = 2
 """A working copy's longer side is at most this many times ``size_px``: enough for any crop, bounded in memory."""
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Samples that go through the model together.
-
-    Attributes:
-        image: In [0, 1].
-        label: Index of the class.
-        sample_ids: Who they are.
-    """
-
-    image: Float32[torch.Tensor, "B C S S"]
-    label: Int64[torch.Tensor, "B"]
-    sample_ids: tuple[str, ...]
 
 
 def digest_images(sources: Mapping[str, Source], examples: Sequence[Example]) -> tuple[dict[str, str], str]:
@@ -98,6 +83,7 @@ class Part:
     Args:
         examples: The rows.
         classes: Class names.
+        targets: The task's labels.
         sources: Where each sample is.
         sha256: Digest of each sample's file, taken when the run started.
         size_px: Side of the images handed out.
@@ -111,6 +97,7 @@ class Part:
         self,
         examples: Sequence[Example],
         classes: Sequence[str],
+        targets: Targets,
         *,
         sources: Mapping[str, Source],
         sha256: Mapping[str, str],
@@ -121,10 +108,10 @@ class Part:
         cache_bytes: int,
     ) -> None:
         self.examples = tuple(examples)
-        self.labels: Int64[np.ndarray, "N"] = np.array([classes.index(row.label) for row in examples], np.int64)
+        self._classes, self._targets = tuple(classes), targets
         self._sources, self._sha256 = sources, sha256
         self._size_px, self._channels, self._augment, self._seed = size_px, channels, augment, seed
-        self._cache: dict[int, Float32[np.ndarray, "C h w"]] = {}
+        self._cache: dict[int, tuple[Float32[np.ndarray, "C h w"], tuple[int, int]]] = {}
         self._room = cache_bytes
 
     def __len__(self) -> int:
@@ -133,20 +120,23 @@ class Part:
     @property
     def bytes_an_image(self) -> float:
         """Mean size of the working copies that are kept so far; 0 before any."""
-        return sum(pixels.nbytes for pixels in self._cache.values()) / max(1, len(self._cache))
+        return sum(pixels.nbytes for pixels, _ in self._cache.values()) / max(1, len(self._cache))
 
-    def item(self, index: int, epoch: int) -> Float32[torch.Tensor, "C S S"]:
-        """One image, augmented for this epoch if the part is.
+    def item(self, index: int, epoch: int) -> tuple[Float32[torch.Tensor, "C S S"], Any, Any, tuple[int, int]]:
+        """One image, augmented for this epoch if the part is; its placed target, its truth, and its size as read.
 
         Raises:
             DecodeError: It cannot be decoded; names the sample.
             CorruptError: The file changed since the run started.
         """
-        pixels = self._working_copy(index)
+        example, view = self.examples[index], WHOLE
+        pixels, size_px = self._working_copy(index)
         if self._augment is not None:
-            words = uniform_u32("finetune/augment", self._seed, self.examples[index].sample_id, epoch, 6)
-            pixels = augment_image(pixels, self._augment, words)
-        return _resize(pixels, (self._size_px, self._size_px))
+            words = uniform_u32("finetune/augment", self._seed, example.sample_id, epoch, 6)
+            pixels, view = augment_image(pixels, self._augment, words)
+        truth = self._targets.load(example, self._classes, size_px)
+        placed = self._targets.place(truth, view, self._size_px)
+        return _resize(pixels, (self._size_px, self._size_px)), placed, truth, size_px
 
     def batches(self, order: Iterable[tuple[int, list[int]]], *, workers: int = 0) -> Generator[Batch, None, None]:
         """Hand out batches, made ahead of the caller.
@@ -164,11 +154,12 @@ class Part:
     def make(self, task: tuple[int, list[int]]) -> Batch:
         """Load a batch given as ``(epoch, indices)``."""
         epoch, indices = task
-        images = [self.item(index, epoch) for index in indices]
+        images, placed, truth, sizes = zip(*(self.item(index, epoch) for index in indices), strict=True)
         sample_ids = tuple(self.examples[index].sample_id for index in indices)
-        return Batch(torch.stack(images), torch.from_numpy(self.labels[indices]), sample_ids)
+        return Batch(torch.stack(images), self._targets.collate(placed), sample_ids, truth, sizes)
 
-    def _working_copy(self, index: int) -> Float32[np.ndarray, "C h w"]:
+    def _working_copy(self, index: int) -> tuple[Float32[np.ndarray, "C h w"], tuple[int, int]]:
+        """The pixels, and height and width of the image as it was read."""
         if index in self._cache:
             return self._cache[index]
         sample_id = self.examples[index].sample_id
@@ -187,8 +178,8 @@ class Part:
             pixels = _resize(pixels, scaled).numpy()
         if pixels.nbytes <= self._room:
             self._room -= pixels.nbytes
-            self._cache[index] = pixels
-        return pixels
+            self._cache[index] = pixels, (height, width)
+        return pixels, (height, width)
 
 
 def plain_order(count: int, batch_size: int) -> list[tuple[int, list[int]]]:
@@ -198,10 +189,13 @@ def plain_order(count: int, batch_size: int) -> list[tuple[int, list[int]]]:
 
 def augment_image(
     pixels: Float32[np.ndarray, "C H W"], augment: AugmentConfig, words: np.ndarray
-) -> Float32[np.ndarray, "C h w"]:
+) -> tuple[Float32[np.ndarray, "C h w"], View]:
     """Crop, mirror, and shift contrast and brightness, as six uniform 32-bit words say.
 
     The crop is an integer window of the image's own aspect; values are clipped to [0, 1] again.
+
+    Returns:
+        The image, and the window that it shows.
     """
     full = np.array(pixels.shape[1:])
     smallest, largest = augment.crop_scale
@@ -209,14 +203,17 @@ def augment_image(
     crop = np.array([max(1, isqrt(side * side * milli // 1000)) for side in full.tolist()])
     (top, left), (height, width) = below(words[1:3], full - crop + 1), crop
     out = pixels[:, top : top + height, left : left + width]
-    if augment.flip and int(words[3]) >> 31:
+    flip = augment.flip and bool(int(words[3]) >> 31)
+    if flip:
         out = out[:, :, ::-1]
     contrast = 1000 + int(below(words[4], 2 * augment.contrast_milli + 1)) - augment.contrast_milli
     brightness = int(below(words[5], 2 * augment.brightness_milli + 1)) - augment.brightness_milli
     if contrast != 1000 or brightness:
         mean = np.float32(out.mean())
         out = np.clip((out - mean) * np.float32(contrast / 1000) + mean + np.float32(brightness / 1000), 0, 1)
-    return np.ascontiguousarray(out, dtype=np.float32)
+    edges = np.array([top, left, top + height, left + width]) / np.tile(full, 2)
+    above, before, under, after = edges.tolist()
+    return np.ascontiguousarray(out, dtype=np.float32), View(above, before, under, after, flip)
 
 
 def convert_channels(pixels: Float32[np.ndarray, "c H W"], channels: int) -> Float32[np.ndarray, "C H W"]:

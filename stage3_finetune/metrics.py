@@ -1,45 +1,18 @@
-"""Scores of a classifier, with bootstrap intervals that resample groups, never files.
-
-Samples of one group (a patient, a run of neighbouring slices) are not independent: an interval that
-resamples files is too narrow. Here a resample draws as many groups as there are, with replacement, and every
-sample counts as often as its group was drawn.
-"""
+"""Scores of a classifier, with intervals by group."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int64
 
-from shared.rng import below, uniform_u32
-
-RESAMPLES = 2000
-_CHUNK = 1 << 22
-"""Weights held at once while bootstrapping: bounds memory at some hundred megabytes, whatever N is."""
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A score in [0, 1] and its 95 % percentile interval; None where it is undefined.
-
-    Attributes:
-        value: The score of the samples as they are.
-        low: 2.5th percentile over the resamples, or None with fewer than two groups.
-        high: 97.5th percentile, likewise.
-    """
-
-    value: float | None
-    low: float | None
-    high: float | None
-
-    def __str__(self) -> str:
-        if self.value is None:
-            return "undefined"
-        span = "no interval" if self.low is None else f"{self.low:.3f} to {self.high:.3f}"
-        return f"{self.value:.3f} ({span})"
+from shared.charts import confusion_matrix
+from shared.report import Section
+from stage3_finetune.intervals import RESAMPLES, Interval, bootstrap
 
 
 @dataclass(frozen=True)
@@ -73,6 +46,20 @@ class Scores:
     def absent(self) -> tuple[str, ...]:
         """Classes without a sample here; means over classes leave them out."""
         return tuple(name for name, row in zip(self.classes, self.confusion, strict=True) if not row.any())
+
+    def named(self) -> dict[str, Interval]:
+        """Scores by the name that the report gives them."""
+        return {"accuracy": self.accuracy, "balanced accuracy": self.balanced_accuracy, "AUROC": self.auroc}
+
+    def sections(self) -> list[Section]:
+        """The confusion matrix."""
+        matrix = confusion_matrix(self.classes, self.confusion.tolist())
+        return [Section("Which class was taken for which", matrix, "Counts; shade: share of the row.")]
+
+    @property
+    def note(self) -> str:
+        """How AUROC is meant."""
+        return "AUROC: mean of one class versus the rest, ties count half."
 
     def lines(self) -> list[str]:
         """Text for a log or a closing line; every interval says what it stands on."""
@@ -130,24 +117,17 @@ def score(
     """
     if len(label) == 0:
         raise ValueError("no sample to score")
-    names, membership = np.unique(np.asarray(group, dtype=np.str_), return_inverse=True)
     hit = probability.argmax(axis=1) == label
-    drawn = _draw(len(names), resamples, seed)
-    everything = np.ones((1, len(names)), np.int64)
-
-    def both(measure: Any) -> tuple[Interval, int]:
-        value = measure(everything[:, membership])[0]
-        step = max(1, _CHUNK // len(label))
-        parts = [measure(drawn[i : i + step][:, membership]) for i in range(0, len(drawn), step)]
-        return _interval(value, np.concatenate(parts) if len(names) > 1 else np.empty(0))
-
+    both = partial(bootstrap, group=group, seed=seed, resamples=resamples)
     one_hot = label[:, None] == np.arange(len(classes))
     accuracy, _ = both(lambda weight: (weight @ hit) / weight.sum(axis=1))
     balanced, _ = both(lambda weight: balanced_accuracy(hit, one_hot, weight))
     auroc, undefined = both(lambda weight: macro_auroc(probability, one_hot, weight))
     confusion = np.zeros((len(classes), len(classes)), np.int64)
     np.add.at(confusion, (label, probability.argmax(axis=1)), 1)
-    return Scores(accuracy, balanced, auroc, confusion, tuple(classes), len(label), len(names), resamples, undefined)
+    return Scores(
+        accuracy, balanced, auroc, confusion, tuple(classes), len(label), len(set(group)), resamples, undefined
+    )
 
 
 def balanced_accuracy(
@@ -179,22 +159,3 @@ def macro_auroc(
         total += np.divide(twice_wins, 2 * pairs, out=np.zeros(len(weight)), where=pairs > 0)
         defined += pairs > 0
     return np.divide(total, defined, out=np.full(len(weight), np.nan), where=defined > 0)
-
-
-def _draw(groups: int, resamples: int, seed: int) -> Int64[np.ndarray, "R G"]:
-    """How often each group is drawn in each resample; every row sums to the number of groups."""
-    words = uniform_u32("finetune/bootstrap", seed, str(groups), 0, resamples * groups)
-    flat = below(words, groups).reshape(resamples, groups) + groups * np.arange(resamples)[:, None]
-    return np.bincount(flat.ravel(), minlength=resamples * groups).reshape(resamples, groups)
-
-
-def _interval(value: float, resampled: Float[np.ndarray, "R"]) -> tuple[Interval, int]:
-    """The interval, and how many resamples had no value."""
-    usable = resampled[np.isfinite(resampled)]
-    dropped = len(resampled) - len(usable)
-    if not np.isfinite(value):
-        return Interval(None, None, None), dropped
-    if len(usable) == 0:
-        return Interval(float(value), None, None), dropped
-    low, high = np.percentile(usable, (2.5, 97.5))
-    return Interval(float(value), float(low), float(high)), dropped

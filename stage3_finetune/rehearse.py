@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from shared.forecast import Forecast, kept_aside, peak_bytes, refuse_unusable, size
@@ -16,7 +15,8 @@ from shared.pseudonyms import unsalted
 from shared.runlog import RunLog, duration
 from shared.workspace import look
 from stage3_finetune.config import FinetuneConfig
-from stage3_finetune.data import Batch, Part, also_in_train
+from stage3_finetune.contracts import Batch
+from stage3_finetune.data import Part, also_in_train
 from stage3_finetune.train import Ready, Run, prepare
 
 _NEW, _AGAIN = 2, 1
@@ -87,8 +87,7 @@ def _try(ready: Ready, out: Path, standing: str, found: dict[str, str], warnings
     batch = -(-len(part) // per_epoch)
     model = run.ready()
     seconds = rehearse_steps(model, _batches(part, batch), run.loss, run.plan(per_epoch), _NEW + _AGAIN)
-    scoring_s = _scoring_s(run, part, batch)
-    resampling_s = _resampling_s(run)
+    scoring_s, resampling_s = _scoring_s(run, part, batch)
     reading, again = sum(seconds[1:_NEW]) / (_NEW - 1), sum(seconds[_NEW:]) / _AGAIN
     cached = min(int(part.bytes_an_image * len(part)), config.cache_mib << 20)
     again = min(reading, again) if part.bytes_an_image * len(part) <= config.cache_mib << 20 else reading
@@ -129,24 +128,19 @@ def _batches(part: Part, batch: int) -> Iterator[tuple[Batch, tuple[str, ...]]]:
         yield made, made.sample_ids
 
 
-def _scoring_s(run: Run, part: Part, batch: int) -> float:
-    """Seconds to score an image, decoding left out: the batch has been read before."""
+def _scoring_s(run: Run, part: Part, batch: int) -> tuple[float, float]:
+    """Seconds to score an image, decoding left out (the batch has been read before), and to resample the test part."""
     model = run.task.model
     mode = model.training
     model.eval()
     (made,) = part.batches([(0, [place % len(part) for place in range(batch)])], workers=0)
     started = time.perf_counter()
-    run.task.predict(made)
+    with torch.no_grad():
+        answers = list(run.task.predict(made))
     taken = time.perf_counter() - started
     model.train(mode)
-    return taken / batch
-
-
-def _resampling_s(run: Run) -> float:
-    """Seconds for the intervals of one part."""
-    rows, classes = run.labels.part("test"), run.labels.classes
-    label = np.array([classes.index(row.label) for row in rows], np.int64)
-    probability = np.full((len(rows), len(classes)), 1 / len(classes), np.float32)
+    rows = run.labels.part("test")
+    predictions = run.task.collect(rows, [answers[place % len(answers)] for place in range(len(rows))])
     started = time.perf_counter()
-    run.task.metrics(probability, label, [row.group for row in rows], seed=0, resamples=_RESAMPLES)
-    return (time.perf_counter() - started) * run.config.resamples / _RESAMPLES
+    predictions.scores(seed=0, resamples=_RESAMPLES)
+    return taken / batch, (time.perf_counter() - started) * run.config.resamples / _RESAMPLES

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from shared.artifact import Card
-from shared.errors import IncompatibleError
-from stage3_finetune.metrics import score
-from stage3_finetune.predictions import Predictions, load_predictions
+from shared.errors import ConfigError, CorruptError, IncompatibleError
+from stage3_finetune.contracts import Predictions
+from stage3_finetune.tasks import TASKS
 
 _TOLERANCE = 1e-9
 """Scores are ratios of counts and percentiles of them: only the last digits may differ between NumPy releases."""
@@ -32,25 +32,62 @@ def rescore(folder: Path, card: Card) -> list[str]:
     """
     try:
         config = card.identity.spec["config"]
-        task, seed, resamples = str(config["task"]), int(config["seed"]), int(config["resamples"])
+        seed, resamples = int(config["seed"]), int(config["resamples"])
     except (KeyError, TypeError, ValueError):
         raise IncompatibleError("its card does not say how it was scored") from None
-    if task != "classify":
-        raise IncompatibleError(f"this release cannot score task {task!r} again")
     metrics = card.provenance.metrics
     found: list[str] = []
-    predictions = load_predictions(folder / "predictions.csv")
+    predictions, best = _read(folder, card)
     for split in sorted({str(row.split) for row in predictions.examples}):
-        again = _scores(predictions.part(split), seed, resamples)
+        again = predictions.part(split).scores(seed=seed, resamples=resamples).as_dict()
         found += differences(split, metrics.get(split), again)
-    if (folder / "predictions_best_on_val.csv").exists():
-        best = load_predictions(folder / "predictions_best_on_val.csv")
+    if best is not None:
         recorded = metrics.get("best_on_val")
         test = recorded.get("test") if isinstance(recorded, Mapping) else None
-        found += differences("best_on_val.test", test, _scores(best, seed, resamples))
+        found += differences("best_on_val.test", test, best.scores(seed=seed, resamples=resamples).as_dict())
     start = "encoder" if card.identity.inputs else "scratch"
     found += differences("start", metrics.get("start"), start)
     return found
+
+
+def prediction_faults(folder: Path, card: Card) -> Iterator[tuple[str, str]]:
+    """File and fault where predictions are others than those that a model's id covers.
+
+    Raises:
+        CorruptError: The predictions are no table.
+        IncompatibleError: The card does not say what task it is of, or names one that this release does not know.
+        KeyError: The id covers no predictions.
+    """
+    outputs = card.identity.outputs
+    found, best = _read(folder, card)
+    name = f"predictions{found.suffix}"
+    if found.sha256 != outputs["predictions"]:
+        yield name, "other predictions than the artifact's id"
+    if found.truth_sha256 != outputs.get("predictions_truth", found.truth_sha256):
+        yield name, "other labels, groups or parts than the artifact's id"
+    if "predictions_best_on_val" in outputs:
+        best_name = f"predictions_best_on_val{found.suffix}"
+        if best is None:
+            raise CorruptError(f"{best_name}: missing")
+        if best.sha256 != outputs["predictions_best_on_val"]:
+            yield best_name, "other predictions than the artifact's id"
+        if best.truth_sha256 != found.part("test").truth_sha256:
+            yield best_name, f"other labels, groups or parts than {name}"
+
+
+def _read(folder: Path, card: Card) -> tuple[Predictions, Predictions | None]:
+    """Predictions of the last weights, and of those that were best on val where there are any."""
+    try:
+        task = str(card.identity.spec["config"]["task"])
+        kind: type[Predictions] = TASKS.load(task).Predictions
+    except (KeyError, TypeError):
+        raise IncompatibleError("its card does not say what task it is of") from None
+    except ConfigError:
+        raise IncompatibleError(f"this release does not know the task {task!r}") from None
+    path, best = (folder / f"{name}{kind.suffix}" for name in ("predictions", "predictions_best_on_val"))
+    if not path.is_file():
+        raise CorruptError(f"{path.name}: missing")
+    return kind.load(path), kind.load(best) if best.is_file() else None
 
 
 def differences(name: str, recorded: Any, again: Any) -> Iterator[str]:
@@ -74,14 +111,3 @@ def _same(recorded: Any, again: Any) -> bool:
     if len(numbers) == 2:
         return math.isclose(*numbers, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE)
     return type(recorded) is type(again) and bool(recorded == again)
-
-
-def _scores(predictions: Predictions, seed: int, resamples: int) -> dict[str, Any]:
-    return score(
-        predictions.probability,
-        predictions.label,
-        predictions.group,
-        classes=predictions.classes,
-        seed=seed,
-        resamples=resamples,
-    ).as_dict()

@@ -38,12 +38,6 @@ class Start:
     inputs: tuple[Input, ...]
     line: str
 
-    @property
-    def model_args(self) -> dict[str, Any]:
-        """Arguments of ``timm.create_model`` beside channels and classes."""
-        stride = self.backbone.output_stride
-        return {**({} if stride is None else {"output_stride": stride}), **self.backbone.model_args}
-
     def preprocessing(self, size_px: int) -> Preprocessing:
         """How an image becomes this model's input."""
         return Preprocessing(size_px, self.backbone.in_chans, self.mean, self.std)
@@ -82,9 +76,7 @@ def start_from(config: FinetuneConfig, encoder: str | None) -> Start:
         f"encoder {card.artifact_id[:16]}: {backbone.name}, all {len(weights)} tensors kept, "
         f"{resized}a new classifier on top",
     )
-    known = {
-        key: value for key, value in start.model_args.items() if key != "img_size" or key in config.backbone_options
-    }
+    known = {key: value for key, value in backbone.args.items() if key != "img_size" or key in config.backbone_options}
     asked: dict[str, tuple[Any, Any]] = {
         "backbone": (config.backbone, backbone.name),
         "backbone_options": (config.backbone_options or "auto", known),

@@ -12,12 +12,11 @@ import numpy as np
 from shared.artifact import write_atomic
 from shared.report import finetune_report
 from shared.runlog import read_metrics
-from stage3_finetune.metrics import Scores
+from stage3_finetune.contracts import Scores
 
 _HOW = (
     "Scores of the weights after the last epoch; nothing was chosen by the test part. Intervals: {resamples}"
     " bootstrap resamples of whole groups, 2.5th to 97.5th percentile; few groups make rough intervals."
-    " AUROC: mean of one class versus the rest, ties count half."
 )
 
 
@@ -27,6 +26,7 @@ def write_report(
     *,
     beside: tuple[int, Scores] | None,
     per_epoch: int,
+    resamples: int,
     facts: dict[str, Any],
     warnings: Sequence[str],
 ) -> None:
@@ -37,23 +37,22 @@ def write_report(
         scores: Of the test part.
         beside: The epoch that was best on val, and the test scores of its weights; None without a val part.
         per_epoch: Steps of an epoch.
+        resamples: Behind each interval.
         facts: Counts and settings worth a glance.
         warnings: What a reader should act upon.
     """
-    named = {"accuracy": scores.accuracy, "balanced accuracy": scores.balanced_accuracy, "AUROC": scores.auroc}
     rows, plain = [], {}
-    for name, found in named.items():
+    for name, found in scores.named().items():
         if found.value is None or found.low is None or found.high is None:
             plain[name] = str(found)
         else:
             rows.append((name, found.value, found.low, found.high))
-    notes = [f"{scores.lines()[1]}.", _HOW.format(resamples=scores.resamples)]
+    notes = [f"{scores.lines()[1]}.", _HOW.format(resamples=resamples), scores.note]
     if beside is not None:
         notes.append(f"Beside it, the weights that were best on val, epoch {beside[0]}: {beside[1].lines()[0]}.")
     html = finetune_report(
         scores=rows,
-        classes=scores.classes,
-        confusion=scores.confusion.tolist(),
+        more=scores.sections(),
         curves=curves(read_metrics(out), per_epoch),
         facts={**facts, **plain},
         note=" ".join(notes),
@@ -77,9 +76,9 @@ def curves(rows: Sequence[dict[str, Any]], per_epoch: int) -> dict[str, tuple[li
     for row in rows:
         if "loss" in row:
             losses[-(-row["step"] // per_epoch)].append(row["loss"])
-        for key, name in (("val_loss", "val loss"), ("val_auroc", "val AUROC")):
-            if row.get(key) is not None:
-                epochs, values = val.setdefault(name, ([], []))
+        for key in row:
+            if key.startswith("val_") and row[key] is not None:
+                epochs, values = val.setdefault(key.replace("_", " ").replace("auroc", "AUROC"), ([], []))
                 epochs.append(float(row["epoch"]))
                 values.append(float(row[key]))
     training = ([float(epoch) for epoch in losses], [float(np.mean(values)) for values in losses.values()])

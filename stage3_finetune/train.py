@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,7 +16,7 @@ from shared.artifact import Artifact, Input, publish
 from shared.config import dump_yaml, validate
 from shared.config import spec as config_spec
 from shared.cores import resolve_threads
-from shared.errors import ConfigError
+from shared.errors import ConfigError, CorruptError
 from shared.images import Source, find_sources
 from shared.lease import Lease
 from shared.loop import VERSION as LOOP_VERSION
@@ -28,11 +27,9 @@ from shared.order import schedule, steps_per_epoch
 from shared.runlog import RunLog, scrub
 from shared.workspace import begin, set_aside
 from stage3_finetune.config import AugmentConfig, FinetuneConfig
-from stage3_finetune.data import Batch, Part, also_in_train, digest_images, plain_order
-from stage3_finetune.export import export_model
+from stage3_finetune.contracts import Batch, Predictions, Scores, Targets, Task
+from stage3_finetune.data import Part, also_in_train, digest_images, plain_order
 from stage3_finetune.labels import Labels, load_labels
-from stage3_finetune.metrics import Scores
-from stage3_finetune.predictions import Predictions, read_predictions, write_predictions
 from stage3_finetune.start import Start, start_from
 from stage3_finetune.summary import write_report
 from stage3_finetune.tasks import TASKS
@@ -48,10 +45,11 @@ class Run:
 
     config: FinetuneConfig
     labels: Labels
+    targets: Targets
     sources: Mapping[str, Source]
     sha256: Mapping[str, str]
     start: Start
-    task: Any
+    task: Task
     out: Path
     log: RunLog
 
@@ -60,6 +58,7 @@ class Run:
         return Part(
             self.labels.part(split),
             self.labels.classes,
+            self.targets,
             sources=self.sources,
             sha256=self.sha256,
             size_px=self.config.size_px,
@@ -75,9 +74,10 @@ class Run:
         mode = model.training
         model.eval()
         order = plain_order(len(part), self.config.batch_size)
-        rows = [self.task.predict(batch) for batch in part.batches(order)]
+        with torch.no_grad():
+            answers = [answer for batch in part.batches(order) for answer in self.task.predict(batch)]
         model.train(mode)
-        return Predictions(part.examples, self.labels.classes, np.concatenate(rows))
+        return self.task.collect(part.examples, answers)
 
     def ready(self) -> Any:
         """The model in training, its frozen parameters marked."""
@@ -104,8 +104,7 @@ class Run:
 
     def loss(self, batch: Batch, index: int) -> dict[str, Tensor]:
         """Scalars of a step with ``loss``."""
-        outputs: dict[str, Tensor] = self.task.loss(batch)
-        return outputs
+        return self.task.loss(batch)
 
 
 def finetune(
@@ -176,6 +175,7 @@ class Ready:
     config: FinetuneConfig
     options: Any
     labels: Labels
+    targets: Targets
     sources: Mapping[str, Source]
     sha256: Mapping[str, str]
     start: Start
@@ -183,12 +183,17 @@ class Ready:
 
     def run(self, out: Path, log: RunLog) -> Run:
         """The run, with the task's head on the model."""
-        start, model = self.start, self.start.backbone.model.to(self.config.device)
-        task = TASKS.load(self.config.task)(
-            self.options, model, classes=self.labels.classes, mean=start.mean, std=start.std, seed=self.config.seed
+        config, start = self.config, self.start
+        start.backbone.model.to(config.device)
+        task = TASKS.load(config.task)(
+            self.options,
+            start.backbone,
+            classes=self.labels.classes,
+            preprocessing=start.preprocessing(config.size_px),
+            seed=config.seed,
         )
-        model.to(self.config.device)
-        return Run(self.config, self.labels, self.sources, self.sha256, start, task, out, log)
+        task.model.to(config.device)
+        return Run(config, self.labels, self.targets, self.sources, self.sha256, start, task, out, log)
 
 
 def prepare(config: FinetuneConfig, *, images: Path, labels: Path, encoder: str | None) -> Ready:
@@ -196,13 +201,16 @@ def prepare(config: FinetuneConfig, *, images: Path, labels: Path, encoder: str 
     task_class = TASKS.load(config.task)
     options = validate(task_class.Options, config.options)
     sources = {source.sample_id: source for source in find_sources(images)}
+    targets = task_class.Targets(labels)
     table = load_labels(
         labels,
+        targets,
         known={name: source.group for name, source in sources.items()},
         names={source.known_as: name for name, source in sources.items() if source.known_as is not None},
         classes=config.classes,
         val_milli=config.val_milli,
         test_milli=config.test_milli,
+        fraction_milli=config.fraction_milli,
         seed=config.seed,
     )
     start = start_from(config, encoder)
@@ -215,7 +223,7 @@ def prepare(config: FinetuneConfig, *, images: Path, labels: Path, encoder: str 
         "images": {"rows": len(table.examples), "sha256": images_sha256},
         "numeric": {"device": config.device, "dtype": "float32", "threads": config.threads},
     }
-    return Ready(config, options, table, sources, sha256, start, spec)
+    return Ready(config, options, table, targets, sources, sha256, start, spec)
 
 
 def _resolve(config: FinetuneConfig, start: Start, options: dict[str, Any]) -> FinetuneConfig:
@@ -229,7 +237,7 @@ def _resolve(config: FinetuneConfig, start: Start, options: dict[str, Any]) -> F
         update={
             "options": options,
             "backbone": start.backbone.name,
-            "backbone_options": start.model_args,
+            "backbone_options": start.backbone.args,
             "channels": start.backbone.in_chans,
             "device": device,
             "threads": resolve_threads(config.threads),
@@ -269,8 +277,9 @@ def _finish(run: Run, best: BestOnVal | None, inputs: tuple[Input, ...]) -> tupl
     model = run.task.model
     weights = {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
     splits = ("val", "test") if best else ("test",)
-    predictions = _predict_once(run, run.out / "predictions.csv", splits)
-    scores = {split: _score(run, predictions.part(split)) for split in splits}
+    predictions = _predict_once(run, "predictions", splits)
+    resampling = {"seed": run.config.seed, "resamples": run.config.resamples}
+    scores: dict[str, Scores] = {split: predictions.part(split).scores(**resampling) for split in splits}
     for split, found in scores.items():
         for line in found.lines():
             run.log.info(f"{split}: {line}")
@@ -290,24 +299,18 @@ def _finish(run: Run, best: BestOnVal | None, inputs: tuple[Input, ...]) -> tupl
     beside = None
     if best:
         model.load_state_dict(best.weights)
-        others = _predict_once(run, run.out / "predictions_best_on_val.csv", ("test",))
+        others = _predict_once(run, "predictions_best_on_val", ("test",))
         model.load_state_dict(weights)
         outputs["predictions_best_on_val"] = others.sha256
-        beside = best.epoch, _score(run, others)
+        beside = best.epoch, others.scores(**resampling)
         metrics["best_on_val"] = {"epoch": best.epoch, "test": beside[1].as_dict()}
-    export_model(
-        model,
-        run.out / "model",
-        architecture=run.start.backbone.name,
-        model_args=run.start.model_args,
-        classes=run.labels.classes,
-        preprocessing=run.start.preprocessing(run.config.size_px),
-    )
+    run.task.export(run.out / "model")
     write_report(
         run.out,
         scores["test"],
         beside=beside,
         per_epoch=steps_per_epoch(outputs["train"], run.config.batch_size),
+        resamples=run.config.resamples,
         facts=_facts(run),
         warnings=run.log.warnings,
     )
@@ -324,22 +327,16 @@ def _facts(run: Run) -> dict[str, Any]:
     }
 
 
-def _predict_once(run: Run, path: Path, splits: tuple[str, ...]) -> Predictions:
+def _predict_once(run: Run, name: str, splits: tuple[str, ...]) -> Predictions:
     """Predict parts with the model as it is, unless that was done before this run was interrupted."""
+    path = run.out / f"{name}{run.task.Predictions.suffix}"
     if path.exists():
         run.log.info(f"{path.name}: made before, read back")
-        return read_predictions(path, [row for split in splits for row in run.labels.part(split)], run.labels.classes)
-    predictions = Predictions.join([run.predict(run.part(split)) for split in splits])
-    write_predictions(path, predictions)
+        found: Predictions = run.task.Predictions.load(path)
+        if found.examples != tuple(row for split in splits for row in run.labels.part(split)):
+            hint = "--fresh keeps the folder aside and starts anew"
+            raise CorruptError(f"{path.name}: not the predictions of this run", hint=hint)
+        return found
+    predictions = run.task.Predictions.join([run.predict(run.part(split)) for split in splits])
+    predictions.write(path)
     return predictions
-
-
-def _score(run: Run, predictions: Predictions) -> Scores:
-    scores: Scores = run.task.metrics(
-        predictions.probability,
-        predictions.label,
-        predictions.group,
-        seed=run.config.seed,
-        resamples=run.config.resamples,
-    )
-    return scores

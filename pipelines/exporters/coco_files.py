@@ -28,8 +28,8 @@ from pipelines.exportable_store import (
 from pipelines.run_lengths import pack_runs, runs_of
 from shared.artifact import NOT_FOR_DIAGNOSIS
 from shared.config import Strict
+from shared.outlines import Outline, draw, unpack_runs
 from shared.regions import decode_boxes
-from stage1_localize.outlines import Outline, draw, unpack_runs
 
 ANNOTATIONS = "annotations.json"
 DETECTIONS = "detections.json"

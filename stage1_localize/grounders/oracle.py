@@ -16,11 +16,11 @@ import torch
 from jaxtyping import Float32
 from torch.nn.functional import interpolate
 
+from shared.coco import CocoLabels, Labelled, Thing, read_coco
 from shared.config import Strict, runtime
 from shared.errors import PromptError, UsageError
-from stage1_localize.coco import CocoLabels, Labelled, Thing, read_coco
+from shared.outlines import Outline, draw
 from stage1_localize.contracts import MAP_SIZE_PX, Batch, Detections, Region
-from stage1_localize.outlines import Outline, draw
 
 
 class Oracle:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,14 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from shared.backbones import Backbone
 from shared.config import Strict
 from shared.errors import ConfigError
 from shared.rng import seed_key
-from stage3_finetune.data import Batch
-from stage3_finetune.metrics import Scores, score
+from stage3_finetune.contracts import Batch, Example, View
+from stage3_finetune.export import Preprocessing, export_model
+from stage3_finetune.labels import listed, read_table
+from stage3_finetune.predictions import ClassPredictions
 
 
 class ClassifyOptions(Strict):
@@ -27,15 +31,68 @@ class ClassifyOptions(Strict):
     )
 
 
+class ClassTargets:
+    """One class an image: the column ``label`` of a table.
+
+    Args:
+        path: The CSV.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def read(
+        self, known: Mapping[str, str | None], names: Mapping[str, str] | None = None
+    ) -> tuple[list[Example], bool]:
+        """The table's rows."""
+        return read_table(self._path, known, names)
+
+    def classes(self, examples: Sequence[Example], asked: Sequence[str] | None) -> tuple[str, ...]:
+        """Every label, sorted, or what is asked for if the labels are the same."""
+        present = {example.label for example in examples}
+        classes = sorted(present) if asked is None else asked
+        if unknown := sorted(present - set(classes)):
+            raise ConfigError(
+                f"labels {self._path}: labels that 'classes' does not name: {listed(unknown)}",
+                hint=f"classes: {', '.join(classes)}; drop those rows or name the labels",
+            )
+        if absent := [name for name in classes if name not in present]:
+            raise ConfigError(f"labels {self._path}: no row has the classes {listed(absent)}")
+        if len(classes) < 2:
+            raise ConfigError(f"labels {self._path}: one class only, {classes[0]!a}; a classifier needs two")
+        return tuple(classes)
+
+    def check(self, examples: Sequence[Example], classes: Sequence[str]) -> None:
+        """Refuse a class that no training row has."""
+        taught = {example.label for example in examples if example.split == "train"}
+        if unseen := [name for name in classes if name not in taught]:
+            raise ConfigError(f"labels {self._path}: classes without a training sample: {listed(unseen)}")
+
+    def strata(self, example: Example) -> str:
+        """The class."""
+        return example.label
+
+    def load(self, example: Example, classes: Sequence[str], size_px: tuple[int, int]) -> int:
+        """The class's number."""
+        return classes.index(example.label)
+
+    def place(self, truth: int, view: View, side_px: int) -> int:
+        """The same, whatever is seen."""
+        return truth
+
+    def collate(self, placed: Sequence[int]) -> Int64[Tensor, "B"]:
+        """Numbers of the classes."""
+        return torch.tensor(placed, dtype=torch.int64)
+
+
 class Classify:
     """Classification with timm's own classifier head, softmax and cross-entropy.
 
     Args:
         options: Settings.
-        model: A timm model; its classifier is replaced by a new one for these classes.
+        backbone: Its model's classifier is replaced by a new one for these classes.
         classes: Class names in order.
-        mean: Subtracted from each channel of an image in [0, 1].
-        std: Then divided by.
+        preprocessing: Of the input.
         seed: Seed of the new classifier's weights.
 
     Attributes:
@@ -47,50 +104,54 @@ class Classify:
     """
 
     Options = ClassifyOptions
+    Targets = ClassTargets
+    Predictions = ClassPredictions
     version = 1
 
     def __init__(
         self,
         options: ClassifyOptions,
-        model: nn.Module,
+        backbone: Backbone,
         *,
         classes: Sequence[str],
-        mean: Sequence[float],
-        std: Sequence[float],
+        preprocessing: Preprocessing,
         seed: int,
     ) -> None:
-        self.options, self.model, self.classes = options, model, tuple(classes)
-        self.head = _put_classifier(model, len(classes), seed)
-        self._mean = torch.tensor(mean, dtype=torch.float32).reshape(1, -1, 1, 1)
-        self._std = torch.tensor(std, dtype=torch.float32).reshape(1, -1, 1, 1)
+        self.options, self.model, self.classes = options, backbone.model, tuple(classes)
+        self.head = _put_classifier(self.model, len(classes), seed)
+        self._backbone, self._preprocessing = backbone, preprocessing
+        self._mean = torch.tensor(preprocessing.mean, dtype=torch.float32).reshape(1, -1, 1, 1)
+        self._std = torch.tensor(preprocessing.std, dtype=torch.float32).reshape(1, -1, 1, 1)
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """Cross-entropy (``loss``) and share of right answers (``accuracy``) of a batch."""
         logits = self._logits(batch)
-        label = batch.label.to(logits.device)
+        label = batch.target.to(logits.device)
         smoothing = self.options.label_smoothing_milli / 1000
         return {
             "loss": cross_entropy(logits, label, label_smoothing=smoothing),
             "accuracy": (logits.argmax(dim=1) == label).float().mean(),
         }
 
-    @torch.no_grad()
     def predict(self, batch: Batch) -> Float32[np.ndarray, "B K"]:
         """Probability of each class; the model's mode is the caller's."""
         probability: Float32[np.ndarray, "B K"] = self._logits(batch).float().softmax(dim=1).cpu().numpy()
         return probability
 
-    def metrics(
-        self,
-        probability: Float32[np.ndarray, "N K"],
-        label: Int64[np.ndarray, "N"],
-        group: Sequence[str],
-        *,
-        seed: int,
-        resamples: int,
-    ) -> Scores:
-        """Accuracy, balanced accuracy and AUROC with intervals by group."""
-        return score(probability, label, group, classes=self.classes, seed=seed, resamples=resamples)
+    def collect(self, examples: Sequence[Example], answers: Sequence[Float32[np.ndarray, "K"]]) -> ClassPredictions:
+        """Probabilities of these rows."""
+        return ClassPredictions(tuple(examples), self.classes, np.stack(answers))
+
+    def export(self, folder: Path) -> None:
+        """A folder that timm reads as it is."""
+        export_model(
+            self.model,
+            folder,
+            architecture=self._backbone.name,
+            model_args=self._backbone.args,
+            classes=self.classes,
+            preprocessing=self._preprocessing,
+        )
 
     def _logits(self, batch: Batch) -> Tensor:
         device = next(self.model.parameters()).device

@@ -15,7 +15,7 @@ from shared.backbones import load_encoder
 from shared.corpus import open_corpus
 from shared.regions import open_region_store
 from stage2_pretrain.witness import redraw
-from stage3_finetune.predictions import load_predictions
+from stage3_finetune.predictions import ClassPredictions
 from tests.compat import independent_root
 
 HERE = Path(__file__).parent
@@ -74,7 +74,7 @@ def test_contents_are_read(golden: Path) -> None:
     backbone = load_encoder(golden / "encoder" / "encoder")
     with torch.no_grad():
         assert torch.isfinite(backbone.model(torch.zeros(1, 1, 64, 64))).all()
-    predictions = load_predictions(golden / "model" / "predictions.csv")
+    predictions = ClassPredictions.load(golden / "model" / "predictions.csv")
     assert {row.split for row in predictions.examples} == {"val", "test"}
 
 

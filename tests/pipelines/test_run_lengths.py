@@ -7,7 +7,7 @@ from hypothesis.extra import numpy as arrays
 from pycocotools import mask as coco_mask
 
 from pipelines.run_lengths import pack_runs, runs_of
-from stage1_localize.outlines import unpack_runs
+from shared.outlines import unpack_runs
 
 
 @given(arrays.arrays(np.bool_, arrays.array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=40)))

@@ -4,6 +4,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
+from shared.charts import confusion_matrix
 from shared.page import commands, digest
 from shared.report import (
     ONE_BRAIN,
@@ -118,8 +119,7 @@ def test_every_report_is_whole_escaped_and_asks_for_nothing(example: Example) ->
         pretrain_report(curves=LINES, hidden=LINES, examples=[example], facts={"a": 1}, settings={EVIL: EVIL}),
         finetune_report(
             scores=[(EVIL, 0.5, 0.25, 0.75)],
-            classes=[EVIL, "b"],
-            confusion=[[3, 1], [0, 4]],
+            more=[Section(EVIL, confusion_matrix([EVIL, "b"], [[3, 1], [0, 4]]), EVIL)],
             curves={**LINES, "val loss": ([1], [2])},
             facts={},
             note=EVIL,
@@ -137,7 +137,7 @@ def test_reports_without_content_are_still_pages() -> None:
     empty = {"curves": {}, "facts": {}}
     check(localize_report(prompts={}, examples=[], coverage={}, quarantined={}, facts={}))
     check(pretrain_report(hidden={}, examples=[], **empty))
-    check(finetune_report(scores=[], classes=[], confusion=[], note="", **empty))
+    check(finetune_report(scores=[], more=[], note="", **empty))
     check(audit_report([]))
     html = tour_report(prompts={}, examples=[], hidden={}, arms={}, audit=[], made=[], again=[], **empty)
     check(html)

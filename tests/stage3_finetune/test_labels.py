@@ -9,15 +9,25 @@ from hypothesis import strategies as st
 
 from shared.errors import ConfigError, InputMissingError
 from shared.pseudonyms import pseudonym
-from stage3_finetune.labels import Example, Labels, load_labels, split_by_group
+from stage3_finetune.contracts import Example
+from stage3_finetune.labels import Labels, keep_fraction, load_labels, split_by_group
+from stage3_finetune.tasks.classify import ClassTargets
 
 from .conftest import CLASSES, rows
 
 KNOWN = {row["sample_id"]: None for row in rows()}
 
 
-def read(path: Path, known: dict[str, str | None] | None = None, classes: tuple[str, ...] | None = None) -> Labels:
-    return load_labels(path, known=known or KNOWN, classes=classes, val_milli=150, test_milli=200, seed=0)
+def read(
+    path: Path,
+    known: dict[str, str | None] | None = None,
+    classes: tuple[str, ...] | None = None,
+    milli: int = 1000,
+) -> Labels:
+    return load_labels(
+        path, ClassTargets(path), known=known or KNOWN, classes=classes, val_milli=150, test_milli=200,
+        fraction_milli=milli, seed=0,
+    )  # fmt: skip
 
 
 def test_reads_a_table_with_groups_and_parts(table) -> None:
@@ -120,6 +130,41 @@ def test_not_text(tmp_path) -> None:
         read(path)
 
 
+def label_of(example: Example) -> str:
+    return example.label
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 1000), st.integers(1, 1000), st.integers(0, 5))
+def test_a_smaller_share_of_labels_is_part_of_a_larger_one(low, high, seed) -> None:
+    low, high = sorted((low, high))
+    sizes = [(label, number, 1 + number % 4) for label in "ab" for number in range(9)]
+    examples = [
+        Example(f"{label}{number}-{n}", label, f"{label}{number}", "test" if number == 8 else "train")
+        for label, number, size in sizes
+        for n in range(size)
+    ]
+    few, many = (keep_fraction(examples, label_of, milli=milli, seed=seed) for milli in (low, high))
+    assert set(few) <= set(many) <= set(examples)
+    assert {e for e in examples if e.split == "test"} <= set(few)
+    train = [e for e in few if e.split == "train"]
+    assert {e.label for e in train} == {"a", "b"}
+    for label in "ab":
+        own = sum(e.label == label and e.split == "train" for e in examples)
+        kept = sum(e.label == label for e in train)
+        assert abs(kept - own * low / 1000) <= 4 or kept <= 4
+        groups_whole = {e.group for e in train if e.label == label}
+        assert kept == sum(e.group in groups_whole for e in examples)
+    assert keep_fraction(examples, label_of, milli=1000, seed=seed) == examples
+
+
+def test_a_share_of_the_labels_leaves_val_and_test(table) -> None:
+    labels = read(table(), milli=340)
+    assert {split: len(labels.part(split)) for split in ("train", "val", "test")} == {"train": 9, "val": 9, "test": 9}
+    other = rows()
+    assert read(table(other), milli=340).sha256 == labels.sha256
+
+
 groups = st.dictionaries(
     st.text("abcdef", min_size=1, max_size=4), st.tuples(st.sampled_from("xyz"), st.integers(1, 9)), min_size=1
 )
@@ -131,10 +176,10 @@ def test_splits_keep_groups_whole_and_train_never_loses_a_class(sizes, seed, val
     examples = [
         Example(f"{group}-{number}", label, group) for group, (label, size) in sizes.items() for number in range(size)
     ]
-    split = split_by_group(examples, val_milli=val_milli, test_milli=test_milli, seed=seed)
+    split = split_by_group(examples, label_of, val_milli=val_milli, test_milli=test_milli, seed=seed)
     assert [(e.sample_id, e.label, e.group) for e in split] == [(e.sample_id, e.label, e.group) for e in examples]
     assert all(len({e.split for e in split if e.group == group}) == 1 for group in sizes)
-    again = split_by_group(examples[::-1], val_milli=val_milli, test_milli=test_milli, seed=seed)
+    again = split_by_group(examples[::-1], label_of, val_milli=val_milli, test_milli=test_milli, seed=seed)
     assert again[::-1] == split
     for label in {label for label, _ in sizes.values()}:
         own = {group for group, (its, _) in sizes.items() if its == label}
@@ -148,12 +193,12 @@ def test_shares_are_met_class_by_class_and_the_seed_matters() -> None:
     examples = [
         Example(f"{c}{g}-{n}", c, f"{c}{g}") for c, many in (("a", 40), ("b", 80)) for g in range(many) for n in "12"
     ]
-    split = split_by_group(examples, val_milli=150, test_milli=200, seed=0)
+    split = split_by_group(examples, label_of, val_milli=150, test_milli=200, seed=0)
     counts = Counter((e.label, e.split) for e in split)
     assert {key: counts[key] for key in counts if key[1] != "train"} == {
         ("a", "test"): 16, ("a", "val"): 12, ("b", "test"): 32, ("b", "val"): 24,
     }  # fmt: skip
-    assert split_by_group(examples, val_milli=150, test_milli=200, seed=1) != split
+    assert split_by_group(examples, label_of, val_milli=150, test_milli=200, seed=1) != split
 
 
 def write(folder: Path, text: str) -> Path:
@@ -163,7 +208,10 @@ def write(folder: Path, text: str) -> Path:
 
 
 def load(path: Path, known: dict[str, str | None], names: dict[str, str] | None = None) -> Labels:
-    return load_labels(path, known=known, names=names, classes=None, val_milli=0, test_milli=300, seed=0)
+    return load_labels(
+        path, ClassTargets(path), known=known, names=names, classes=None, val_milli=0, test_milli=300,
+        fraction_milli=1000, seed=0,
+    )  # fmt: skip
 
 
 def test_patients_are_groups_by_pseudonym_and_agree_with_the_images(tmp_path: Path) -> None:

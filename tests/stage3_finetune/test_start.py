@@ -45,15 +45,15 @@ def test_a_vit_is_taken_as_it_is_or_resized(vit: Path) -> None:
     resized = larger.backbone.model.state_dict()
     assert [name for name, value in resized.items() if value.shape != stored[name].shape] == ["pos_embed"]
     assert all(torch.equal(value, stored[name]) for name, value in resized.items() if name != "pos_embed")
-    assert (same.model_args["img_size"], larger.model_args["img_size"]) == (48, 64)
+    assert (same.backbone.args["img_size"], larger.backbone.args["img_size"]) == (48, 64)
 
 
 def test_settings_that_are_the_encoders_are_no_contradiction(vit: Path) -> None:
     first = start_from(settings(size_px=64), str(vit))
     told = {"backbone": NAME, "backbone_options": ARGS, "channels": 1, "size_px": 64}
-    assert start_from(settings(**told), str(vit)).model_args == first.model_args
-    again = {**told, "backbone_options": first.model_args}  # of resolved.yaml
-    assert start_from(settings(**again), str(vit)).model_args == first.model_args
+    assert start_from(settings(**told), str(vit)).backbone.args == first.backbone.args
+    again = {**told, "backbone_options": first.backbone.args}  # of resolved.yaml
+    assert start_from(settings(**again), str(vit)).backbone.args == first.backbone.args
     with pytest.raises(
         ConfigError, match=r"backbone_options: .*'patch_size': 16.*, the encoder's is .*'patch_size': 8"
     ):

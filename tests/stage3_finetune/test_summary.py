@@ -22,7 +22,9 @@ def test_a_report_says_that_one_group_has_no_interval(tmp_path) -> None:
     scores = score(np.eye(2, dtype=np.float32)[label], label, ["one"] * 4, classes=("<a>", "b"), seed=0)
     (tmp_path / "run").mkdir()
     (tmp_path / "run/metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
-    write_report(tmp_path, scores, beside=(3, scores), per_epoch=1, facts={"epochs": 1}, warnings=["look here"])
+    write_report(
+        tmp_path, scores, beside=(3, scores), per_epoch=1, resamples=9, facts={"epochs": 1}, warnings=["look here"]
+    )
     text = (tmp_path / "report.html").read_text()
     for wanted in ("no intervals: 4 samples in 1 group", "1.000 (no interval)", "&lt;a&gt;", "epoch 3", "look here"):
         assert wanted in text

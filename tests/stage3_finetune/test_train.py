@@ -269,7 +269,7 @@ train.finetune(FinetuneConfig.model_validate_json(config), images=Path(images), 
 @pytest.mark.slow
 def test_kill_9_five_times_and_the_id_is_the_uninterrupted_ones(run, quick, images, table, encoder, tmp_path) -> None:
     settings = quick(epochs=3, save_every_s=0.001)
-    moments = [("save_state", 1), ("save_state", 3), ("write_predictions", 1), ("export_model", 1), ("publish", 1)]
+    moments = [("save_state", 1), ("save_state", 3), ("_predict_once", 1), ("write_report", 1), ("publish", 1)]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     states = []
     for moment, number in moments:

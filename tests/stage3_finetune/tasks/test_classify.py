@@ -1,24 +1,36 @@
 """The classification task on a real small timm model."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from shared.backbones import build
 from shared.errors import ConfigError
-from stage3_finetune.data import Batch
+from stage3_finetune.contracts import Batch
+from stage3_finetune.export import Preprocessing
 from stage3_finetune.tasks import TASKS
 from stage3_finetune.tasks.classify import Classify, ClassifyOptions
 
+INPUT = Preprocessing(32, 1, (0.5,), (0.25,))
+
 
 def task(seed: int = 0, smoothing: int = 0, classes: tuple[str, ...] = ("a", "b", "c")) -> Classify:
-    model = build("test_resnet", in_chans=1, seed=7).model
+    backbone = build("test_resnet", in_chans=1, seed=7)
     options = ClassifyOptions(label_smoothing_milli=smoothing)
-    return Classify(options, model, classes=classes, mean=(0.5,), std=(0.25,), seed=seed)
+    return Classify(options, backbone, classes=classes, preprocessing=INPUT, seed=seed)
 
 
 def batch() -> Batch:
     generator = torch.Generator().manual_seed(0)
-    return Batch(torch.rand(6, 1, 32, 32, generator=generator), torch.tensor([0, 1, 2, 0, 1, 2]), tuple("abcdef"))
+    target = torch.tensor([0, 1, 2, 0, 1, 2])
+    image = torch.rand(6, 1, 32, 32, generator=generator)
+    return Batch(image, target, tuple("abcdef"), tuple(target.tolist()), ((32, 32),) * 6)
+
+
+def predict(one: Classify) -> torch.Tensor:
+    with torch.no_grad():
+        return torch.from_numpy(one.predict(batch()))
 
 
 def test_the_table_names_it() -> None:
@@ -43,13 +55,13 @@ def test_the_encoder_is_kept_and_the_head_is_a_function_of_the_seed() -> None:
 def test_loss_is_the_cross_entropy_of_the_predictions_and_falls() -> None:
     one = task()
     one.model.eval()
-    probability = torch.from_numpy(one.predict(batch()))
+    probability = predict(one)
     assert torch.allclose(probability.sum(dim=1), torch.ones(6))
-    picked = probability[torch.arange(6), batch().label]
+    picked = probability[torch.arange(6), batch().target]
     with torch.no_grad():
         values = one.loss(batch())
     assert float(values["loss"]) == pytest.approx(float(-picked.log().mean()), abs=1e-5)
-    assert float(values["accuracy"]) == pytest.approx(float((probability.argmax(1) == batch().label).float().mean()))
+    assert float(values["accuracy"]) == pytest.approx(float((probability.argmax(1) == batch().target).float().mean()))
     smooth = task(smoothing=300)
     smooth.model.eval()
     expected = float(-(0.7 * picked.log() + 0.3 * probability.log().mean(dim=1)).mean())
@@ -70,10 +82,16 @@ def test_normalisation_is_applied() -> None:
     other._mean = torch.tensor([0.0]).reshape(1, 1, 1, 1)
     one.model.eval()
     other.model.eval()
-    assert not torch.allclose(torch.from_numpy(one.predict(batch())), torch.from_numpy(other.predict(batch())))
+    assert not torch.allclose(predict(one), predict(other))
 
 
 def test_a_backbone_that_takes_no_classifier_is_refused() -> None:
     options = ClassifyOptions()
     with pytest.raises(ConfigError, match="takes no classifier"):
-        Classify(options, torch.nn.Conv2d(1, 4, 3), classes=("a", "b"), mean=(0.5,), std=(0.25,), seed=0)
+        Classify(
+            options,
+            replace(build("test_resnet", in_chans=1), model=torch.nn.Conv2d(1, 4, 3)),
+            classes=("a", "b"),
+            preprocessing=INPUT,
+            seed=0,
+        )

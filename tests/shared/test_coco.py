@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from shared.coco import CocoLabels, read_coco
 from shared.errors import InputMissingError, UsageError
 from shared.images import find_sources
-from stage1_localize.coco import CocoLabels, read_coco
 from tests.stage1_localize.coco_files import HEIGHT, WIDTH, change, write_corpus
 
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stage1_localize.outlines import Outline, area, draw, extent, unpack_runs
+from shared.outlines import Outline, area, draw, extent, unpack_runs
 
 PACKED = "522000OO2"
 """What pycocotools 2.0 writes for the mask below."""

@@ -19,7 +19,7 @@ from typing import Any, TypeGuard
 from shared.config import digest
 from shared.errors import InputMissingError, UsageError
 from shared.images import Source
-from stage1_localize.outlines import Outline, area, extent, unpack_runs
+from shared.outlines import Outline, area, extent, unpack_runs
 
 LABELS_BYTES_MAX = 256 << 20
 _SHOWN = 100
