@@ -307,7 +307,9 @@ def _publish(result: AuditResult, out: Path, level: str, cards: Iterable[Card], 
     # The verdicts are in the specification: another audit of the same artifacts is never "already done".
     spec = {"level": level, "verdicts": digest(result.as_dict()), "version": 1}
     with Lease(out):
-        status, _ = begin(out, kind="audit-report", inputs=inputs, spec=spec, resolved=f"level: {level}\n", has_fresh=False)
+        status, _ = begin(
+            out, kind="audit-report", inputs=inputs, spec=spec, resolved=f"level: {level}\n", has_fresh=False
+        )
         if status == "done":
             return
         page = audit_report(result.as_dict()["rows"], [found.section(name) for name, found in result.maps])
