@@ -19,12 +19,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipelines.audit_maps import MAP_VERDICTS, Again, MapsAudit, audit_maps
+from pipelines.audit_outputs import compare_outputs
 from shared.artifact import (
     CARD,
     Card,
-    Finding,
     Input,
-    file_sha256,
     find_beside,
     publish,
     read_card,
@@ -32,7 +31,6 @@ from shared.artifact import (
     write_atomic,
 )
 from shared.config import digest
-from shared.corpus import SAMPLES
 from shared.errors import CorruptError, IncompatibleError, InputMissingError, UsageError
 from shared.lease import Lease
 from shared.workspace import RESOLVED, SPEC, begin
@@ -198,7 +196,7 @@ def _integrity(folder: Path, name: str, cards: dict[Path, Card]) -> list[Row]:
         return [Row(name, "unknown", "card", 1, "corrupt", error.message)]
     cards[folder] = card
     kind = card.identity.kind
-    findings = verify(folder, card) or _outputs(folder, card)
+    findings = verify(folder, card) or compare_outputs(folder, card)
     rows = [_row(name, kind, "files", len(card.provenance.files) + 1, findings)]
     if kind == "region-store":
         from shared.region_verify import verify_store
@@ -208,70 +206,6 @@ def _integrity(folder: Path, name: str, cards: dict[Path, Card]) -> list[Row]:
     if kind == "model" and not findings:
         rows.append(_scores(folder, card, name))
     return rows
-
-
-def _outputs(folder: Path, card: Card) -> list[Finding]:
-    """Outputs that the id covers, computed again: a file may be forged together with its digest on the card."""
-    try:
-        return list(_differing_outputs(folder, card))
-    except CorruptError as error:
-        return [Finding(CARD, f"its outputs cannot be computed again: {error.message}")]
-    except KeyError as error:
-        return [Finding(CARD, f"its outputs are not those of this kind: {error.args[0]} is not there")]
-    except IncompatibleError as error:
-        return [Finding(CARD, f"its outputs cannot be computed again: {error.message}")]
-
-
-def _differing_outputs(folder: Path, card: Card) -> Iterator[Finding]:
-    kind, outputs = card.identity.kind, card.identity.outputs
-    if kind == "corpus" and file_sha256(_present(folder, SAMPLES)) != outputs["samples_sha256"]:
-        yield Finding(SAMPLES, "other samples than the artifact's id")
-    if kind in ("region-store", "head"):
-        named = {item.artifact_id for item in card.identity.inputs if item.kind == "corpus"}
-        beside = folder / "corpus"
-        if named and (beside / CARD).is_file() and read_card(beside, "corpus").artifact_id not in named:
-            yield Finding(f"corpus/{CARD}", "another corpus than the one this store was made from")
-    if kind == "head":
-        from stage1_localize.grounders.lite_card import head_faults
-
-        yield from head_faults(folder, outputs)
-    if kind not in ("encoder", "model"):
-        return
-    weights = f"{kind}/model.safetensors"
-    if _tensors_sha256(_present(folder, weights)) != outputs["weights"]:
-        yield Finding(weights, "other weights than the artifact's id")
-    if kind == "encoder":
-        from shared.merkle import tensor_digest
-        from stage2_pretrain.witness import FILE, NAMES, read_witnesses
-
-        if tensor_digest(read_witnesses(folder)[0]) != outputs["witnesses"]:
-            yield Finding(FILE, "other witnesses than the artifact's id")
-        if file_sha256(folder / NAMES) != outputs["witness_names"]:
-            yield Finding(NAMES, "other names of witnesses than the artifact's id")
-    else:
-        from stage3_finetune.rescore import prediction_faults
-
-        for name, problem in prediction_faults(folder, card):
-            yield Finding(name, problem)
-
-
-def _tensors_sha256(path: Path) -> str:
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    from shared.merkle import tensor_digest
-
-    try:
-        return tensor_digest(load_file(path))
-    except (SafetensorError, ValueError, TypeError) as error:
-        raise CorruptError(f"{path.name}: no tensors: {type(error).__name__}") from None
-
-
-def _present(folder: Path, name: str) -> Path:
-    """A file that this kind of artifact must have, whatever its card lists."""
-    if not (folder / name).is_file():
-        raise CorruptError(f"{name}: missing")
-    return folder / name
 
 
 def _scores(folder: Path, card: Card, name: str) -> Row:
@@ -373,7 +307,9 @@ def _publish(result: AuditResult, out: Path, level: str, cards: Iterable[Card], 
     # The verdicts are in the specification: another audit of the same artifacts is never "already done".
     spec = {"level": level, "verdicts": digest(result.as_dict()), "version": 1}
     with Lease(out):
-        status, _ = begin(out, kind="audit-report", inputs=inputs, spec=spec, resolved=f"level: {level}\n")
+        status, _ = begin(
+            out, kind="audit-report", inputs=inputs, spec=spec, resolved=f"level: {level}\n", has_fresh=False
+        )
         if status == "done":
             return
         page = audit_report(result.as_dict()["rows"], [found.section(name) for name, found in result.maps])

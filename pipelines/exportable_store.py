@@ -55,13 +55,13 @@ class ExportableStore:
 
     Attributes:
         store: Open.
-        samples: Its samples with maps, in row order.
+        samples: Its samples with maps, in row order; each is read from disk when asked for.
         left_out: Sample or volume id -> why it is not in the export; exporters add theirs.
         sources: Images by sample id, where ``--images`` was given.
     """
 
     store: RegionStore
-    samples: tuple[SampleRow, ...]
+    samples: Sequence[SampleRow]
     left_out: dict[str, str]
     sources: Mapping[str, Source] | None = None
 
@@ -147,9 +147,7 @@ def open_exportable_store(reference: str, images: Path | None) -> ExportableStor
         fitting = f"for {kind}s: --to {', '.join(EXPORTERS)}" if kind in ("encoder", "model") else None
         raise IncompatibleError(f"{path}: found kind '{kind}', expected kind 'region-store'", hint=fitting)
     store = open_region_store(reference)
-    samples = tuple(flat_samples(store.samples, store.grid))
-    if not samples:
-        raise UsageError(f"region store: none of its {len(store.samples)} samples has region maps")
+    samples = flat_samples(store.samples, store.grid)
     left_out = {name: f"quarantined: {reason}" for name, reason in store.why_quarantined().items()}
     return ExportableStore(store, samples, left_out, None if images is None else find_images(samples, images))
 

@@ -105,10 +105,9 @@ class StudyConfig(Strict):
             raise ValueError("; ".join(problems))
         return self
 
-    def localize_config(self, corpus: str, *, grounder: Any = None) -> LocalizeConfig:
+    def localize_config(self, corpus: str, **parts: Any) -> LocalizeConfig:
         """Stage 1 for a corpus: its one prompt list; words that differ between images would tell labels."""
-        given = {**self.localize, "regions": self.corpora[corpus].regions}
-        return LocalizeConfig.model_validate(given if grounder is None else {**given, "grounder": grounder})
+        return LocalizeConfig.model_validate({**self.localize, "regions": self.corpora[corpus].regions, **parts})
 
     def arms_of(self, corpus: str) -> dict[str, ArmConfig]:
         """Arms that are run on a corpus."""

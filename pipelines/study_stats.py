@@ -146,8 +146,7 @@ def expected_error(spread: float, correlation: float, groups: int) -> float:
 def verdict(found: Difference, claim: float) -> str:
     """What a difference says of a claimed one, in a plain sentence.
 
-    Four cases: the interval holds neither 0 nor less than ... ; see the code. A study that could not have seen the claim
-    says so instead of "no".
+    A study that could not have seen the claim says so instead of "no".
     """
     span = f"{100 * found.value:+.1f} points ({100 * found.low:+.1f} to {100 * found.high:+.1f})"
     if not np.isfinite([found.low, found.high]).all():

@@ -6,7 +6,7 @@ Nothing of a source's header but its geometry is copied: free text and extension
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,8 +95,10 @@ class Volume:
         refuse_difference(same and np.array_equal(np.asanyarray(read.dataobj), values), path)
 
 
-def find_volumes(source: ExportableStore) -> list[Volume]:
+def find_volumes(source: ExportableStore) -> Iterator[Volume]:
     """The volumes of a store, by their first row; samples that are no slice of one are left out, with the reason.
+
+    One by one: of the others, only the places of their slices are in memory.
 
     Raises:
         UsageError: The store has no slice of a NIfTI volume.
@@ -107,18 +109,19 @@ def find_volumes(source: ExportableStore) -> list[Volume]:
         raise InputMissingError(
             "the volumes are needed, for their affines", hint="--images FOLDER, those the store was made from"
         )
-    slices: dict[Path, dict[int, SampleRow]] = defaultdict(dict)
-    for sample in source.samples:
+    slices: dict[Path, list[tuple[int, int]]] = defaultdict(list)  # in the order of their first rows
+    for index, sample in enumerate(source.samples):
         place = source.sources[sample.sample_id]
         if is_slice(source, sample) and place.slice_index is not None:
-            slices[place.path][place.slice_index] = sample
+            slices[place.path].append((place.slice_index, index))
         else:
             source.left_out[sample.sample_id] = "not a slice of a NIfTI volume"
     if not slices:
         raise UsageError(
             "the store has no slice of a NIfTI volume", hint="--to png or --to coco writes maps of flat images"
         )
-    return sorted((_volume(path, found) for path, found in slices.items()), key=lambda volume: volume.row)
+    for path, found in slices.items():
+        yield _volume(path, {height: source.samples[index] for height, index in found})
 
 
 def is_slice(source: ExportableStore, sample: SampleRow) -> bool:

@@ -131,6 +131,36 @@ def arms_chart(arms: Mapping[str, Sequence[Row]], *, chance: Mapping[str, float]
     return _plot(body, told, list(arms) if len(arms) > 1 else [], shapes=True)
 
 
+def forest_chart(rows: Sequence[Row]) -> str:
+    """Differences with their 95 % intervals around none, one line each, in points (hundredths).
+
+    Args:
+        rows: Label, difference, lower and upper end, in [-1, 1]; a row with a number that is not finite has no line.
+    """
+    usable = [row for row in rows if all(map(math.isfinite, row[1:]))]
+    if not rows:
+        return NOTHING
+    reach = max((abs(number) for row in usable for number in row[1:]), default=0.0)
+    widest = _rounded(0.0, max(100 * reach, 1.0))[1]
+    parts = []
+    for label, value, lower, upper in rows:
+        zero = f'<i class="chance" style="left:{_percent(0.5)}"></i>'
+        if (label, value, lower, upper) not in usable:
+            track, told = f'<div class="track">{zero}</div>', "<span>undefined</span>"
+        else:
+            left, dot, right = (0.5 + 50 * number / widest for number in (lower, value, upper))
+            track = (
+                f'<div class="track">{zero}<i class="bar s2" style="left:{_percent(left)};right:{_percent(1 - right)}">'
+                f'</i><i class="dot s2 round" style="left:{_percent(dot)}"></i></div>'
+            )
+            told = f"<span><b>{100 * value:+.1f}</b> {100 * lower:+.1f} to {100 * upper:+.1f}</span>"
+        name = f'<div class="name">{escape(label)}</div>'
+        parts.append(f'{name}<div class="tracks">{track}</div><div class="values">{told}</div>')
+    axis = "".join(f'<span style="left:{25 * tick}%">{(tick - 2) * widest / 2:+g}</span>' for tick in range(5))
+    body = f'<div class="arms">{"".join(parts)}<div class="axis">{axis}</div></div>'
+    return _plot(body, "Points; band: 95 % interval; dashed: no difference.", [])
+
+
 def histogram(values: Sequence[float], *, x_label: str, bins: int = 20, style: int = 2, percent: bool = True) -> str:
     """How often values between 0 and 1 occur.
 

@@ -11,10 +11,10 @@ import hashlib
 import types
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar, Union, get_args, get_origin
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from shared.errors import ConfigError, InputMissingError
 
@@ -23,6 +23,15 @@ class Strict(BaseModel):
     """Base of every configuration: frozen, no unknown keys, defaults validated."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse ``true`` where a number is expected, which would pass for 1."""
+        field = cls.model_fields.get(info.field_name or "")
+        if field is not None and _holds_bool(value) and _is_number(field.annotation):
+            raise ValueError("expected a number")
+        return value
 
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
@@ -209,6 +218,24 @@ def _fields_at(model: type[BaseModel], path: tuple[Any, ...]) -> Iterable[str]:
             continue  # union tags and list indices stand in the path too
         current = next(_models(field.annotation), None)
     return current.model_fields if current else ()
+
+
+def _holds_bool(value: Any) -> bool:
+    return isinstance(value, bool) or (isinstance(value, list | tuple) and any(map(_holds_bool, value)))
+
+
+def _is_number(annotation: Any) -> bool:
+    """Whether numbers are all that a field of this type holds, apart from names and None."""
+    kinds = set(_leaves(annotation))
+    return bool(kinds & {int, float}) and not kinds & {bool, Any, object}
+
+
+def _leaves(annotation: Any) -> Iterator[Any]:
+    parts = () if get_origin(annotation) is Literal else get_args(annotation)
+    if not parts:
+        yield annotation
+    for part in parts:
+        yield from _leaves(part)
 
 
 def _models(annotation: Any) -> Iterator[type[BaseModel]]:

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from shared.errors import UsageError
 from shared.region_images import find_images, flat_samples, read_localized
 from shared.regions import RegionStore, decode_probability
 
@@ -52,13 +51,14 @@ class RegionMaps(Dataset[Any]):
         transform: Callable[[Item], Any] | None = None,
     ) -> None:
         samples = flat_samples(store.samples, store.grid)
-        if not samples:
-            raise UsageError(f"region store: none of its {len(store.samples)} samples has region maps")
         self.store = store
         self.transform = transform
-        self.sample_ids = [sample.sample_id for sample in samples]
+        self.sample_ids, rows = [], []
+        for sample in samples:
+            self.sample_ids.append(sample.sample_id)
+            rows.append(sample.row)
         self.left_out = len(store.samples) - len(samples)
-        self._rows = np.array([sample.row for sample in samples])  # a row's line stays on disk: each takes a kilobyte
+        self._rows = np.array(rows)  # a row's line stays on disk: each takes a kilobyte
         self._sources = None if images is None else find_images(samples, Path(images).absolute())
 
     def __len__(self) -> int:

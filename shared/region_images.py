@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shared.errors import CorruptError, InputMissingError, UsageError
 from shared.images import Image, Source, find_sources, read_image
+from shared.region_samples import SomeSamples
 
 if TYPE_CHECKING:
     from shared.region_layout import SampleRow
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 _GIVE = "give the images that the store was made from"
 
 
-def find_images(samples: Sequence[SampleRow], images: Path) -> dict[str, Source]:
+def find_images(samples: Iterable[SampleRow], images: Path) -> dict[str, Source]:
     """Sources of some samples of a store, by sample id.
 
     Args:
@@ -61,12 +62,15 @@ def refuse_changed(sample: SampleRow, source_sha256: str) -> None:
         )
 
 
-def flat_samples(samples: Sequence[SampleRow], grid: Sequence[int]) -> list[SampleRow]:
-    """Samples that have maps, of a store of 2D images.
+def flat_samples(samples: Sequence[SampleRow], grid: Sequence[int]) -> SomeSamples:
+    """Samples that have maps, of a store of 2D images, read from disk when asked for.
 
     Raises:
-        UsageError: The store's maps have another number of axes.
+        UsageError: The store's maps have another number of axes, or no sample has any.
     """
     if len(grid) != 2:
         raise UsageError(f"region store: maps of {len(grid)} axes, expected 2")
-    return [sample for sample in samples if sample.status == "ok" and sample.shape is not None]
+    used = SomeSamples(samples, lambda sample: sample.status == "ok" and sample.shape is not None)
+    if not used:
+        raise UsageError(f"region store: none of its {len(samples)} samples has region maps")
+    return used

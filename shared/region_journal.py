@@ -246,7 +246,9 @@ class ShardJournal:
         for start, payload in unframe(self._file):
             if end == 0:
                 if payload != rfc8785.dumps(head):
-                    raise SpecMismatchError(f"{self.path}: belongs to another store", hint="--fresh starts anew")
+                    raise SpecMismatchError(
+                        f"{self.path}: belongs to another store", hint="name another folder with --out"
+                    )
             else:
                 line = Entry.unpack(payload).line
                 self._places[line.row] = start, len(payload)

@@ -6,7 +6,7 @@ import hashlib
 import os
 import zlib
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import overload
@@ -106,3 +106,36 @@ class SampleTable(Sequence[SampleRow]):
     @cached_property
     def _rows(self) -> dict[str, int]:
         return {sample_id: row for row, sample_id in enumerate(self.ids())}
+
+
+class SomeSamples(Sequence[SampleRow]):
+    """Some rows of a store, in its order; 8 bytes of memory each, for their lines stay where they are.
+
+    Args:
+        samples: All of them, a `SampleTable`.
+        wanted: Whether one is among those meant; asked once of each.
+    """
+
+    def __init__(self, samples: Sequence[SampleRow], wanted: Callable[[SampleRow], bool]) -> None:
+        self._samples = samples
+        self._places = np.array([place for place, sample in enumerate(samples) if wanted(sample)], np.int64)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @overload
+    def __getitem__(self, index: int) -> SampleRow: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[SampleRow]: ...
+
+    def __getitem__(self, index: int | slice) -> SampleRow | list[SampleRow]:
+        """One of them, or several; parsed anew each time.
+
+        Raises:
+            IndexError: There are not so many.
+            CorruptError: As `SampleTable`.
+        """
+        if isinstance(index, slice):
+            return [self._samples[place] for place in self._places[index].tolist()]
+        return self._samples[int(self._places[index])]

@@ -98,7 +98,7 @@ def create_store(folder: Path, *, sample_ids: Sequence[str], regions: Sequence[s
             raise SpecMismatchError(
                 f"{folder}: holds {found.samples} samples, regions {list(found.regions)}, grid {found.grid}; "
                 f"asked: {layout.samples}, {list(layout.regions)}, {layout.grid} (or other sample ids)",
-                hint="name another folder with --out, or --fresh to keep the old one aside and start anew",
+                hint="name another folder with --out",
             )
         return layout
     with full_disk_is_named(folder, 1 << 20):

@@ -29,6 +29,7 @@ def begin(
     spec: Mapping[str, Any],
     resolved: str,
     fresh: bool = False,
+    has_fresh: bool = True,
 ) -> tuple[Literal["new", "continue", "done"], Card | None]:
     """Decide what the same command does in this folder; call it while holding the folder's lease.
 
@@ -39,6 +40,7 @@ def begin(
         spec: What decides the results.
         resolved: Content of ``resolved.yaml``, rewritten unless done.
         fresh: The caller has asked for a new run; `set_aside` must have been called before the lease.
+        has_fresh: The command has ``--fresh``, so that hints may name it.
 
     Returns:
         ``("new" | "continue", None)`` or ``("done", card)``.
@@ -48,7 +50,7 @@ def begin(
         CorruptError: The folder's record of its run is damaged.
         UsageError: The folder holds something that is not a run.
     """
-    status, card = look(out, kind=kind, inputs=inputs, spec=spec)
+    status, card = look(out, kind=kind, inputs=inputs, spec=spec, has_fresh=has_fresh)
     if status == "done":
         return status, card
     (out / "run").mkdir(exist_ok=True)
@@ -61,7 +63,7 @@ def begin(
 
 
 def look(
-    out: Path, *, kind: str, inputs: Sequence[Input], spec: Mapping[str, Any]
+    out: Path, *, kind: str, inputs: Sequence[Input], spec: Mapping[str, Any], has_fresh: bool = True
 ) -> tuple[Literal["new", "continue", "done"], Card | None]:
     """What `begin` would decide, without writing; arguments, result and errors are its own.
 
@@ -74,13 +76,13 @@ def look(
         card = read_card(out, kind)
         if card.spec_digest != spec_digest(inputs, spec):
             identity = card.identity.model_dump(mode="json")
-            _refuse(out, {key: identity[key] for key in ("kind", "inputs", "spec")}, wanted)
+            _refuse(out, {key: identity[key] for key in ("kind", "inputs", "spec")}, wanted, has_fresh)
         return "done", card
     refuse_unwritable(out)
     if (out / SPEC).exists():
-        found = _read_spec(out)
+        found = _read_spec(out, has_fresh)
         if rfc8785.dumps(found) != rfc8785.dumps(wanted):
-            _refuse(out, found, wanted)
+            _refuse(out, found, wanted, has_fresh)
         return "continue", None
     if out.is_dir() and any(path.name not in (LEASE, "run") for path in out.iterdir() if not _draft(path)):
         raise UsageError(f"{out}: not empty, and not a run of mwm", hint="name another folder with --out")
@@ -110,7 +112,7 @@ def refuse_unwritable(out: Path) -> None:
         raise UsageError(f"{place}: this user may not write here", hint="name another folder with --out")
 
 
-def _read_spec(out: Path) -> dict[str, Any]:
+def _read_spec(out: Path, has_fresh: bool) -> dict[str, Any]:
     try:
         found = json.loads((out / SPEC).read_bytes())
     except (ValueError, RecursionError):
@@ -118,7 +120,7 @@ def _read_spec(out: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise CorruptError(
             f"{out}: {SPEC} is not what a run wrote there",
-            hint="restore it from a copy, or --fresh to keep the folder aside and start anew",
+            hint=f"restore it from a copy, or {_anew(has_fresh)}",
         )
     return found
 
@@ -152,12 +154,16 @@ def set_aside(out: Path) -> Path | None:
     return aside
 
 
-def _refuse(out: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+def _anew(has_fresh: bool) -> str:
+    return "--fresh to keep the folder aside and start anew" if has_fresh else "name another folder with --out"
+
+
+def _refuse(out: Path, found: Mapping[str, Any], wanted: Mapping[str, Any], has_fresh: bool) -> None:
     keys = sorted(_differing(found, wanted, ""))
     shown = ", ".join(keys[:6]) + (f" and {len(keys) - 6} more" if len(keys) > 6 else "")
     raise SpecMismatchError(
         f"{out}: holds a run of another specification; differing: {shown}",
-        hint="name another folder with --out, or --fresh to keep the old one aside and start anew",
+        hint="name another folder with --out" + (f", or {_anew(True)}" if has_fresh else ""),
     )
 
 

@@ -24,7 +24,7 @@ def parse_regions(asked: Mapping[str, str | Sequence[str]]) -> tuple[Region, ...
 
     Raises:
         PromptError: No region, a name or text that is empty, too long or holds control characters, a wording
-            given twice, or names that look alike.
+            without a word or given twice, or names that look alike.
 
     >>> parse_regions({"lungs": ["lung", "  pulmonary   field "]})
     (Region(name='lungs', texts=('lung', 'pulmonary field')),)
@@ -42,11 +42,22 @@ def parse_regions(asked: Mapping[str, str | Sequence[str]]) -> tuple[Region, ...
         if not texts:
             raise PromptError(f"region {name!r}: no wording", hint="give at least one text")
         wordings = tuple(normalise(text, f"region {name!r}, text {text!r}", TEXT_LENGTH_MAX) for text in texts)
+        for text in wordings:
+            refuse_wordless(text, f"region {name!r}")
         twice = next((text for text in wordings if wordings.count(text) > 1), None)
         if twice is not None:
             raise PromptError(f"region {name!r}: wording {twice!r} is given twice")
         regions.append(Region(name, wordings))
     return tuple(regions)
+
+
+def refuse_wordless(text: str, what: str) -> None:
+    """Raise PromptError for a text without any letter or digit: a model answers it, and the answer means nothing.
+
+    >>> refuse_wordless("T1", "region 'contrast'")
+    """
+    if not any(character.isalnum() for character in text):
+        raise PromptError(f"{what}: text {text!r} holds no letter or digit", hint="name what is to be found")
 
 
 def normalise(text: str, what: str, length_max: int) -> str:

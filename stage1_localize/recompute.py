@@ -237,16 +237,17 @@ def _recipe_of(store: RegionStore) -> dict[str, Any]:
 
 
 def _difference(key: str, spec: Mapping[str, Any], here: Mapping[str, Any]) -> str:
-    """The first setting below ``key`` that differs, in words."""
-    then, now = spec.get(key), here.get(key)
-    if isinstance(then, Mapping) and isinstance(now, Mapping):
+    """The first setting at or below ``key`` that differs, in words and by its whole path.
+
+    >>> _difference("grounder", {"grounder": {"options": {"steps": 2}}}, {"grounder": {"options": {"steps": 3}}})
+    'its grounder.options.steps is 2, here it would be 3'
+    """
+    then, now, path = spec.get(key), here.get(key), [key]
+    while isinstance(then, Mapping) and isinstance(now, Mapping):
         inner = next(name for name in sorted({*then, *now}) if then.get(name) != now.get(name))
-        return (
-            _difference(inner, then, now)
-            if isinstance(then.get(inner), Mapping)
-            else (f"its {key}.{inner} is {_short(then.get(inner))}, here it would be {_short(now.get(inner))}")
-        )
-    return f"its {key} is {_short(then)}, here it would be {_short(now)}"
+        then, now = then.get(inner), now.get(inner)
+        path.append(inner)
+    return f"its {'.'.join(path)} is {_short(then)}, here it would be {_short(now)}"
 
 
 def _short(value: Any) -> str:

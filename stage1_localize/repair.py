@@ -36,6 +36,7 @@ from shared.regions import RegionStore, SampleRow, open_region_store
 from shared.runlog import RunLog
 from shared.signals import Signals
 from shared.workspace import RESOLVED, begin
+from stage1_localize.made_again import note, read_notes
 from stage1_localize.recompute import Made, Recomputer, same
 
 REPORT = "report.html"
@@ -52,7 +53,7 @@ class Repaired:
     Attributes:
         store: The new store; None where there was nothing to repair.
         findings: What was wrong, a line each.
-        recomputed: Rows made again.
+        recomputed: Rows made again, by this call or by an earlier one that it continues.
         differing: Those of them that did not come out as they were published.
         done_before: It had been repaired by an earlier call.
     """
@@ -103,15 +104,21 @@ def repair(path: Path, *, images: Path, out: Path, overrides: Iterable[str] = ()
     with Lease(out):
         resolved = (path / RESOLVED).read_text() if _intact(path, card, RESOLVED) else ""
         spec, inputs = card.identity.spec, list(card.identity.inputs)
-        status, _ = begin(out, kind="region-store", inputs=inputs, spec=spec, resolved=resolved)
+        status, _ = begin(out, kind="region-store", inputs=inputs, spec=spec, resolved=resolved, has_fresh=False)
         if status == "done":
-            return Repaired(_whole(out), findings, done_before=True)
+            return _repaired(_whole(out), findings, done_before=True)
         _same_origin(out, card)
         with RunLog(out) as log, Signals() as signals:
             work = _Work(damaged, images, out, overrides, log, signals)
             work.fill()
             _finish(work, card, command)
-    return Repaired(open_region_store(out), findings, tuple(work.recomputed), tuple(work.differing))
+    return _repaired(open_region_store(out), findings)
+
+
+def _repaired(store: RegionStore, findings: tuple[str, ...], done_before: bool = False) -> Repaired:
+    again = read_notes(store.path)
+    differing = tuple(name for name, as_published in again.items() if not as_published)
+    return Repaired(store, findings, tuple(again), differing, done_before)
 
 
 def migrate(path: Path, *, out: Path, command: str = "") -> RegionStore | None:
@@ -144,7 +151,7 @@ def migrate(path: Path, *, out: Path, command: str = "") -> RegionStore | None:
     with Lease(out):
         spec, inputs = card.identity.spec, list(card.identity.inputs)
         resolved = (path / RESOLVED).read_text()
-        status, _ = begin(out, kind="region-store", inputs=inputs, spec=spec, resolved=resolved)
+        status, _ = begin(out, kind="region-store", inputs=inputs, spec=spec, resolved=resolved, has_fresh=False)
         if status == "done":
             return _whole(out)
         _same_origin(out, card)
@@ -170,8 +177,6 @@ class _Work:
         self.store, self.images, self.out, self.log, self.signals = store, images, out, log, signals
         self.overrides = tuple(overrides)
         self.again: Recomputer | None = None
-        self.recomputed: list[str] = []
-        self.differing: list[str] = []
         self.quarantine = {line["sample_id"]: line for line in _quarantined(store.path)}
         self.layout = create_store(out, sample_ids=store.sample_ids, regions=list(store.regions), grid=list(store.grid))
 
@@ -207,9 +212,9 @@ class _Work:
                     f"row {row} ({line.sample_id}) is damaged and cannot be made again: {made.problem}",
                     hint="give the images as they were localized; finished rows are kept",
                 ) from None
-            self.recomputed.append(line.sample_id)
-            if not same(answer, line):
-                self.differing.append(line.sample_id)
+            as_published = same(answer, line)
+            note(self.out, line.sample_id, as_published)
+            if not as_published:
                 self.log.warn(f"row {row} ({line.sample_id}): made again, it is not to the bit what was published")
             maps, boxes, scores, regions = answer.maps, answer.boxes, answer.scores, answer.box_regions
         journal.append_maps(row, sample, np.array(maps), np.array(boxes), np.array(scores), np.array(regions))
@@ -262,7 +267,7 @@ def _finish(work: _Work, card: Card, command: str) -> None:
         spec=card.identity.spec,
         outputs=outputs,
         command=command,
-        metrics={**card.provenance.metrics, "recomputed": len(work.recomputed)},
+        metrics={**card.provenance.metrics, "recomputed": len(read_notes(out))},
         supersedes=card.artifact_id,
     )
 
@@ -365,7 +370,7 @@ def lines(done: Repaired, shown: int = 5) -> Sequence[str]:
         *found,
         "already done: region-store"
         if done.done_before
-        else f"made: region-store ({len(done.recomputed)} of {len(done.store)} rows made again in this call)",
+        else f"made: region-store ({len(done.recomputed)} of {len(done.store)} rows made again)",
         f"where: {done.store.path}",
         f"digest: sha256:{card.artifact_id} ({told})",
         f"next: mwm audit {done.store.path}",

@@ -178,19 +178,19 @@ def true_pixels(things: Sequence[Thing], item: Labelled, grid: tuple[int, int]) 
 
 
 def _rows(store: RegionStore, labels: CocoLabels, sources: Sequence[Source]) -> tuple[dict[int, Labelled], int, int]:
-    places = {sample.sample_id: sample for sample in store.samples}
+    places = {name: row for row, name in enumerate(store.sample_ids)}
     called = {unicodedata.normalize("NFC", s.known_as): s.sample_id for s in sources if s.known_as}
     rows: dict[int, Labelled] = {}
     quarantined = elsewhere = 0
     for item in labels.images:
         name = item.source.sample_id
-        sample = places.get(name) or places.get(called.get(name, ""))
-        if sample is None:
+        row = places.get(name, places.get(called.get(name, "")))
+        if row is None:
             elsewhere += 1
-        elif sample.status != "ok":
+        elif store.samples[row].status != "ok":
             quarantined += 1
         else:
-            rows[sample.row] = item
+            rows[row] = item
     return dict(sorted(rows.items())), quarantined, elsewhere
 
 

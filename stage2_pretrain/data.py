@@ -85,7 +85,14 @@ class RegionDataset:
     ) -> None:
         used = usable_samples(store)
         found = {source.sample_id: source for source in find_sources(images)}
-        missing = [sample.sample_id for sample in used if sample.sample_id not in found]
+        ids: list[str] = []
+        rows: list[int] = []
+        self._sha256: list[str | None] = []
+        for sample in used:  # once: each is parsed anew
+            ids.append(sample.sample_id)
+            rows.append(sample.row)
+            self._sha256.append(sample.source_sha256)
+        missing = [name for name in ids if name not in found]
         if missing:
             raise InputMissingError(
                 f"images {images}: {len(missing)} of {len(used)} samples of the region store are not there, "
@@ -100,15 +107,14 @@ class RegionDataset:
         self.channels = channels
         self.window = window
         self.seed = seed
-        self.sample_ids = tuple(sample.sample_id for sample in used)
-        self.rows = tuple(sample.row for sample in used)
+        self.sample_ids = tuple(ids)
+        self.rows = tuple(rows)
         self.sample_keys = sample_keys(self.sample_ids)
         self.maps_of = maps_of(len(used))
         self.sizes_px = image_sizes_px(used)
         self.absent = len(store.samples) - len(used)
         self.extra = len(set(found) - {sample.sample_id for sample in store.samples})
         self._sources: list[Source] = [found[name] for name in self.sample_ids]
-        self._sha256 = [sample.source_sha256 for sample in used]
         self._pixel_cache = pixel_cache
         self._found_sha256: dict[Path, str] = {}
         self._free_bytes = memory_bytes

@@ -51,8 +51,11 @@ class PixelCache:
 
     def __init__(self, folder: Path, samples: Sequence[SampleRow]) -> None:
         self.folder = folder
-        self._shapes = [tuple(sample.shape or ()) for sample in samples]
-        self._digests = [bytes.fromhex(sample.pixel_sha256 or "") for sample in samples]
+        self._shapes: list[tuple[int, ...]] = []
+        self._digests: list[bytes] = []
+        for sample in samples:  # once: each is parsed anew
+            self._shapes.append(tuple(sample.shape or ()))
+            self._digests.append(bytes.fromhex(sample.pixel_sha256 or ""))
         self._offsets = np.cumsum([0, *(math.prod(shape) for shape in self._shapes)], dtype=np.int64)
         self._files: tuple[int, ...] | None = None
 

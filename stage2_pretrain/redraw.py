@@ -80,7 +80,8 @@ def redraw_one(
         IncompatibleError: The card says too little, or names what this release cannot draw.
     """
     spec = mask_spec_of_card(card_spec)
-    names = [sample.sample_id for sample in usable_samples(store)]
+    samples = usable_samples(store)
+    names = [sample.sample_id for sample in samples]
     if len(names) != spec.samples:
         raise IncompatibleError(f"region store: {len(names)} samples with maps, the card has {spec.samples}")
     if sample_id not in names:
@@ -94,10 +95,10 @@ def redraw_one(
     place = names.index(sample_id)
     if epoch == spec.epochs - 1 and place not in list(spec.taking_part(names))[epoch]:
         raise UsageError(f"sample {sample_id!r}: not drawn in epoch {epoch}, which the run did not finish")
-    sample = usable_samples(store)[place]
+    sample = samples[place]
     key = sample_keys([sample_id])
     window = draw_windows(image_sizes_px([sample]), key, seed=spec.seed, epoch=epoch, options=spec.window)
-    whose = usable_samples(store)[spec.maps_of()[place]]
+    whose = samples[spec.maps_of()[place]]
     maps = store.maps([whose.row])
     sampler = spec.sampler(store.regions)
     tensors, described = read_witnesses(folder)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self
 
-from jaxtyping import Float32
+import numpy as np
+from jaxtyping import Float, Float32, Int64
 from torch import Tensor, nn
 
 from shared.backbones import Backbone
@@ -167,6 +168,10 @@ class Predictions(Protocol):
 
     def scores(self, *, seed: int, resamples: int) -> Scores:
         """Scores with intervals that resample groups; ValueError without a row."""
+        ...
+
+    def measures(self) -> dict[str, Callable[[Int64[np.ndarray, "R N"]], Float[np.ndarray, "R"]]]:
+        """The scores of `Scores.named`, of R weighted copies of the rows; NaN where undefined."""
         ...
 
     def glance(self) -> tuple[tuple[float, ...], dict[str, float]]:

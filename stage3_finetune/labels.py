@@ -227,8 +227,8 @@ def split_by_group(
     Returns:
         The rows with their part, in the same order.
     """
-    members = _members(examples)
-    order = _ordered(members, strata, "finetune/split", seed)
+    members = by_group(examples)
+    order = drawn_order(members, strata, "finetune/split", seed)
     part = dict.fromkeys(members, "train")
     for groups in order:
         waiting = list(groups)
@@ -261,9 +261,9 @@ def keep_fraction(
     """
     if milli == 1000:
         return list(examples)
-    members = _members([example for example in examples if example.split == "train"])
+    members = by_group([example for example in examples if example.split == "train"])
     kept = set()
-    for groups in _ordered(members, strata, "finetune/fraction", seed):
+    for groups in drawn_order(members, strata, "finetune/fraction", seed):
         samples, taken = sum(len(members[group]) for group in groups), 0
         for group in groups:
             size = len(members[group])
@@ -274,14 +274,15 @@ def keep_fraction(
     return [example for example in examples if example.split != "train" or example.group in kept]
 
 
-def _members(examples: Sequence[Example]) -> dict[str, list[Example]]:
+def by_group(examples: Sequence[Example]) -> dict[str, list[Example]]:
+    """The rows of each group."""
     members = defaultdict(list)
     for example in examples:
         members[example.group].append(example)
     return members
 
 
-def _ordered(
+def drawn_order(
     members: Mapping[str, Sequence[Example]], strata: Callable[[Example], str], purpose: str, seed: int
 ) -> list[list[str]]:
     """Groups of each stratum in the order that Philox draws."""

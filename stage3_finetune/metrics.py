@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,6 +13,9 @@ from jaxtyping import Bool, Float, Int64
 from shared.charts import confusion_matrix
 from shared.report import Section
 from stage3_finetune.intervals import RESAMPLES, Interval, bootstrap
+
+Measure = Callable[[Int64[np.ndarray, "R N"]], Float[np.ndarray, "R"]]
+"""A score of R weighted copies of N samples; NaN where undefined."""
 
 
 @dataclass(frozen=True)
@@ -117,17 +120,25 @@ def score(
     """
     if len(label) == 0:
         raise ValueError("no sample to score")
-    hit = probability.argmax(axis=1) == label
+    measures = class_measures(probability, label)
     both = partial(bootstrap, group=group, seed=seed, resamples=resamples)
-    one_hot = label[:, None] == np.arange(len(classes))
-    accuracy, _ = both(lambda weight: (weight @ hit) / weight.sum(axis=1))
-    balanced, _ = both(lambda weight: balanced_accuracy(hit, one_hot, weight))
-    auroc, undefined = both(lambda weight: macro_auroc(probability, one_hot, weight))
+    (accuracy, _), (balanced, _), (auroc, undefined) = map(both, measures.values())
     confusion = np.zeros((len(classes), len(classes)), np.int64)
     np.add.at(confusion, (label, probability.argmax(axis=1)), 1)
     return Scores(
         accuracy, balanced, auroc, confusion, tuple(classes), len(label), len(set(group)), resamples, undefined
     )
+
+
+def class_measures(probability: Float[np.ndarray, "N K"], label: Int64[np.ndarray, "N"]) -> dict[str, Measure]:
+    """Accuracy, balanced accuracy and AUROC of weighted copies of N samples, by the names of `Scores.named`."""
+    hit = probability.argmax(axis=1) == label
+    one_hot = label[:, None] == np.arange(probability.shape[1])
+    return {
+        "accuracy": lambda weight: (weight @ hit) / weight.sum(axis=1),
+        "balanced accuracy": lambda weight: balanced_accuracy(hit, one_hot, weight),
+        "AUROC": lambda weight: macro_auroc(probability, one_hot, weight),
+    }
 
 
 def balanced_accuracy(

@@ -16,7 +16,7 @@ from shared.artifact import write_atomic
 from shared.config import digest
 from shared.errors import CorruptError
 from stage3_finetune.contracts import Example
-from stage3_finetune.metrics import Scores, balanced_accuracy, macro_auroc, score
+from stage3_finetune.metrics import Measure, Scores, balanced_accuracy, class_measures, macro_auroc, score
 
 _FIXED = ("sample_id", "group", "split", "label", "predicted")
 
@@ -69,6 +69,10 @@ class ClassPredictions:
     def scores(self, *, seed: int, resamples: int) -> Scores:
         """Scores with intervals by group."""
         return score(self.probability, self.label, self.group, classes=self.classes, seed=seed, resamples=resamples)
+
+    def measures(self) -> dict[str, Measure]:
+        """Accuracy, balanced accuracy and AUROC of weighted copies."""
+        return class_measures(self.probability, self.label)
 
     def glance(self) -> tuple[tuple[float, ...], dict[str, float]]:
         """Best is the highest balanced accuracy, among equals the lowest cross-entropy."""

@@ -40,10 +40,18 @@ until [ -s "$SCHEDULER_FILE" ]; do
 done
 workers=$(sbatch --parsable --export=ALL --array="1-${WORKERS:-16}" "$here/slurm_worker.sh")
 
+# What has been finished, as one number: sizes of the journals, which shards are done, whether all are.
+finished() {
+    { find "$OUT" -maxdepth 2 \( -name '*.rows' -o -name '*.done' -o -path "$OUT/run/regions.json" \) \
+        -printf '%s %p\n' 2>/dev/null || true; } | sort | cksum
+}
+before=$(finished)
+
 # shellcheck disable=SC2086 # MORE is several words
 mwm localize "$RECIPE" --images "$IMAGES" --out "$OUT" --scheduler "$SCHEDULER_FILE" ${MORE:-} &
 run=$!
-trap 'kill -TERM "$run" 2>/dev/null || true' TERM INT
+told=
+trap 'told=1; kill -TERM "$run" 2>/dev/null || true' TERM INT
 code=0
 wait "$run" || code=$?
 while kill -0 "$run" 2>/dev/null; do # a signal has ended the wait, not the run
@@ -55,6 +63,10 @@ kill "$scheduler" 2>/dev/null || true
 wait "$scheduler" 2>/dev/null || true
 rm -f "$SCHEDULER_FILE"
 if [ "$code" = 75 ] && [ -n "${SLURM_JOB_ID:-}" ]; then
-    scontrol requeue "$SLURM_JOB_ID" # the same command continues
+    if [ -n "$told" ] || [ "$(finished)" != "$before" ]; then
+        scontrol requeue "$SLURM_JOB_ID" # the same command continues
+    else # a disk that is full, workers without memory: once more would end the same
+        echo "not queued again: nothing was finished this time, and mwm says above why" >&2
+    fi
 fi
 exit "$code"

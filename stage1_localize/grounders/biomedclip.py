@@ -32,6 +32,7 @@ from stage1_localize.grounders.clip_model import load_clip
 from stage1_localize.grounders.m2ib import Noise, saliency
 from stage1_localize.grounders.saliency_map import box_of, parts, threshold, to_levels, to_map_frame
 from stage1_localize.models import ModelOptions, find_model
+from stage1_localize.prompts import refuse_wordless
 
 DEFAULT_MODEL = "microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224"
 
@@ -95,10 +96,11 @@ class BiomedClip:
         """Any words will do that the text tower takes in whole.
 
         Raises:
-            PromptError: A wording of more tokens than the model reads.
+            PromptError: A wording of more tokens than the model reads, or without a word.
         """
         asked = [(f"region '{region.name}'", text) for region in regions for text in region.texts]
         for where, text in [*asked, *(("against", text) for text in self.options.against)]:
+            refuse_wordless(text, where)
             count = self._clip.count_tokens(text)
             if count > self._clip.context_tokens:
                 raise PromptError(

@@ -174,6 +174,26 @@ def test_a_store_with_the_corpus_of_another(chain: Chain) -> None:
     assert "another corpus than the one this store was made from" in worst(result)[0][2]
 
 
+@pytest.mark.parametrize("change", ["source_sha256", "group", "a row less"])
+def test_a_store_whose_rows_are_not_its_corpus(change: str, chain: Chain) -> None:
+    """Images exchanged in the store's list alone, its card and id made to fit: the corpus says what they were."""
+    regions = chain.out / "regions"
+    lines = (regions / "samples.jsonl").read_bytes().splitlines(keepends=True)
+    row = json.loads(lines[2])
+    lines[2:3] = [] if change == "a row less" else [json.dumps({**row, change: "ab" * 32}).encode() + b"\n"]
+    (regions / "samples.jsonl").write_bytes(b"".join(lines))
+    sha256 = hashlib.sha256(b"".join(lines)).hexdigest()
+    reseal(regions, lambda body: body["identity"]["outputs"].update(samples_sha256=sha256), own_id=True)
+    result = audit(regions)
+    assert result.exit_code == 4
+    told = {
+        "source_sha256": f"row 2 ({row['sample_id']}): its source_sha256 is not that of its corpus",
+        "group": f"row 2 ({row['sample_id']}): its group is not that of its corpus",
+        "a row less": "its sample_id is not that of its corpus",
+    }
+    assert told[change] in " ".join(detail for check, _, detail in worst(result) if check == "files")
+
+
 @pytest.mark.parametrize(
     ("artifact", "name"),
     [("encoder", "encoder/model.safetensors"), ("encoder", "witnesses.json"), ("scratch", "predictions.csv"),

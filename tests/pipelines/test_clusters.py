@@ -6,8 +6,10 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Callable
 from contextlib import suppress
+from importlib import resources
 from pathlib import Path
 
 import psutil
@@ -88,8 +90,10 @@ def test_the_manifest_names_one_scheduler_and_one_claim() -> None:
             assert document["spec"]["selector"]["matchLabels"] == labels == {"app": name}
     job = documents["Job", "mwm-localize"]["spec"]
     assert job["template"]["spec"]["restartPolicy"] == "Never"  # podFailurePolicy asks for it
-    codes = [rule["onExitCodes"]["values"] for rule in job["podFailurePolicy"]["rules"] if "onExitCodes" in rule]
-    assert codes == [[7, 75], [1, 2, 4, 5, 6]]
+    evicted, hopeless = job["podFailurePolicy"]["rules"]  # others, 75 among them, count: a disk may stay full
+    assert evicted == {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget"}]}
+    assert (hopeless["action"], hopeless["onExitCodes"]["values"]) == ("FailJob", [1, 2, 4, 5, 6])
+    assert 0 < job["backoffLimit"] < 100
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
@@ -102,6 +106,54 @@ def test_a_script_without_its_inputs_says_which() -> None:
     done = subprocess.run(["bash", CLUSTERS / "slurm.sh"], env=plain, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "RECIPE: a recipe, by name or file" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("mwm", "queued"),
+    [
+        ("exit 75", False),
+        ("mkdir -p $OUT/journal; echo {} >$OUT/journal/shard-00000.state; exit 75", False),
+        ("mkdir -p $OUT/journal; echo a >>$OUT/journal/shard-00000.rows; exit 75", True),
+        ("mkdir -p $OUT/run; echo {} >$OUT/run/regions.json; exit 75", True),
+        ("trap 'exit 75' TERM; sleep 1; kill -TERM $PPID; while :; do sleep 0.1; done", True),
+        ("exit 6", False),
+    ],
+    ids=["nothing finished", "only tried", "rows finished", "all rows finished", "told to stop", "too many failures"],
+)
+def test_slurm_queues_a_run_again_only_if_that_may_help(mwm: str, queued: bool, tmp_path: Path) -> None:
+    """A full disk ends with 75 at once, however often it is asked."""
+    stubs = {
+        "mwm": mwm,
+        "dask": 'while [ "$1" != --scheduler-file ]; do shift; done; echo {} >"$2"; exec sleep 60',
+        "sbatch": "echo 7",
+        "scancel": "true",
+        "scontrol": f'echo "$@" >>{tmp_path}/queued',
+    }
+    for name, line in stubs.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    names = {"RECIPE": "r", "IMAGES": "i", "OUT": str(tmp_path / "out"), "SLURM_JOB_ID": "12"}
+    env = {**os.environ, **names, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    script = ["bash", CLUSTERS / "slurm.sh"]
+    done = subprocess.run(script, env=env, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == (6 if mwm == "exit 6" else 75), done.stderr
+    assert (tmp_path / "queued").exists() == queued
+    assert not queued or (tmp_path / "queued").read_text() == "requeue 12\n"
+    assert ("not queued again" in done.stderr) == (done.returncode == 75 and not queued)
+
+
+def test_an_installation_brings_the_recipes() -> None:
+    """Package data of a wheel is what patterns of pyproject.toml name: every file here must match one."""
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    for package, folders in {"pipelines": ("clusters", "recipes"), "stage1_localize": ("weights",)}.items():
+        there = resources.files(package)
+        wanted = {f"{name}/{file.name}" for name in folders for file in (there / name).iterdir()}
+        named = {path for each in patterns[package] for path in (ROOT / package).glob(each)}
+        assert wanted == {f"{path.parent.name}/{path.name}" for path in named}
+        assert wanted
+    assert {path.name for path in resources.files("pipelines").joinpath("clusters").iterdir()} == {
+        "kubernetes.yaml", "slurm.sh", "slurm_worker.sh"
+    }  # fmt: skip
 
 
 def until(condition: Callable[[], bool], process: "subprocess.Popen[str]") -> None:

@@ -19,6 +19,7 @@ from torch.nn.functional import interpolate
 
 from pipelines.exportable_store import cut, resample
 from pipelines.exporters import EXPORTERS, STORE_EXPORTERS, coco_files
+from shared.lease import Lease
 from shared.regions import RegionStore
 from tests.conftest import ROOT
 from tests.pipelines.exports import GOLDEN
@@ -224,8 +225,11 @@ def test_a_kill_leaves_nothing_that_looks_whole_and_the_same_command_begins_anew
     done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert os.listdir(tmp_path) == [".x.export"]
-    assert mwm(*arguments)[0] == 0
-    assert os.listdir(tmp_path) == ["x"]
+    shutil.copytree(tmp_path / ".x.export", tmp_path / ".y.export")
+    (tmp_path / ".mine.export").mkdir()  # not made by an export
+    with Lease(tmp_path / ".z.export"):  # one that is at work
+        assert mwm(*arguments)[0] == 0
+        assert sorted(os.listdir(tmp_path)) == [".mine.export", ".z.export", "x"]
 
 
 def test_a_full_disk_exits_75(root: Path, tmp_path: Path, mwm, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 import pickle
 from pathlib import Path
+from typing import Annotated, Literal
 
 import pytest
 from hypothesis import given
@@ -20,6 +21,10 @@ class Run(Strict):
     rate: float = Field(0.1, description="Rate.")
     policy: Policy = Field(Policy(), description="Policy.")
     workers: int = runtime(2, "Workers.")
+    sides: tuple[int, ...] = Field((1, 2), description="Sides.")
+    most: Annotated[int | float | None, Field(ge=0)] | Literal["all"] = Field(1, description="Most.")
+    quick: bool = Field(False, description="Quick.")
+    either: bool | int = Field(0, description="Either.")
 
 
 def test_every_problem_is_listed_at_once_with_the_nearest_name() -> None:
@@ -36,6 +41,17 @@ def test_every_problem_is_listed_at_once_with_the_nearest_name() -> None:
 def test_a_value_out_of_range_names_the_value_found() -> None:
     with pytest.raises(ConfigError, match=r"policy\.hide_inside: .*1000.*found 1001"):
         load(Run, {"seed": 1}, ["policy.hide_inside=1001"])
+
+
+@pytest.mark.parametrize("where", ["seed", "rate", "policy.hide_inside", "sides", "most"])
+def test_true_is_no_number(where: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^{where}: expected a number \(found (True|\[True, 2\])\)$"):
+        load(Run, {"seed": 1}, [f"{where}={'[true, 2]' if where == 'sides' else 'true'}"])
+
+
+def test_true_is_true_where_it_is_meant() -> None:
+    made = load(Run, {"seed": 1}, ["quick=true", "most=all", "either=true"])
+    assert (made.quick, made.most, made.either) == (True, "all", True)
 
 
 @pytest.mark.parametrize("text", ["seed", "=3", "a..b=1", "seed.x=1", "seed=[1"])

@@ -110,12 +110,13 @@ OVER = threading.Event()
 def until_over(task: Any) -> dict[str, Any]:
     """A shard that takes as long as the test that submits it."""
     OVER.wait(60)
-    return {"shard": task.shard}
+    return {"shard": task.shard, "status": "done"}
 
 
 def test_workers_of_several_threads_are_refused_also_when_they_join_late(monkeypatch: pytest.MonkeyPatch) -> None:
     import distributed
 
+    OVER.clear()
     monkeypatch.setattr(cluster, "run_on_worker", until_over)
     asked: list[int] = []
 
@@ -134,6 +135,30 @@ def test_workers_of_several_threads_are_refused_also_when_they_join_late(monkeyp
         OVER.set()
     assert asked
     assert "--nthreads 1" in str(caught.value.hint)
+
+
+def test_no_worker_keeps_a_profile_of_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An hour of stacks, of which a worker would grow: neither one that was there nor one that joins late."""
+    import distributed
+
+    def join(running: list[int]) -> bool:
+        if len(late.workers) < 2:
+            late.scale(2)
+            late.wait_for_workers(2)
+        callbacks.extend(set(worker.periodic_callbacks) for worker in late.workers.values())
+        OVER.set()
+        return True
+
+    OVER.clear()
+    monkeypatch.setattr(cluster, "run_on_worker", until_over)
+    callbacks: list[set[str]] = []
+    options = {"processes": False, "dashboard_address": "127.0.0.1:0", "protocol": "tcp", "host": "127.0.0.1"}
+    with distributed.LocalCluster(n_workers=1, threads_per_worker=1, **options) as late:
+        assert {"profile", "profile-cycle"} <= set(late.workers[0].periodic_callbacks)
+        task: Any = SimpleNamespace(shard=0)
+        list(cluster.run_on_dask([task], count=1, workers=1, scheduler=late.scheduler_address, poll=join))
+    assert len(callbacks) >= 2
+    assert all("heartbeat" in names and not names & {"profile", "profile-cycle"} for names in callbacks)
 
 
 def test_a_scheduler_that_is_not_there_is_named(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,6 +28,7 @@ def test_names_and_wordings_keep_their_order() -> None:
         ({"a": "e\u0301", "b": ["\u00e9", "e\u0301"]}, "given twice"),
         ({"a": "x\x00"}, "control"),
         ({"a": "x\u202e"}, "control"),
+        ({"a": ["lung", "."]}, "region 'a': text '.' holds no letter or digit"),
         ({"a": "x" * (TEXT_LENGTH_MAX + 1)}, "at most"),
         ({"a" * (NAME_LENGTH_MAX + 1): "x"}, "at most"),
     ],

@@ -11,7 +11,7 @@ from shared.errors import IncompatibleError, InputMissingError
 from shared.regions import RegionStore, open_region_store
 from stage1_localize.contracts import Detections, Region
 from stage1_localize.grounders.planted import Planted
-from stage1_localize.recompute import Recomputer, differs_by, same
+from stage1_localize.recompute import Recomputer, _difference, differs_by, same
 from tests.stage1_localize.planted_corpus import planted_store, write_images
 
 
@@ -81,6 +81,15 @@ def test_other_parts_than_made_the_store_are_named(made, monkeypatch):
     monkeypatch.setattr(Planted, "version", 7)
     with pytest.raises(IncompatibleError, match=r"its grounder.version is 1, here it would be 7"):
         Recomputer(store, images)
+
+
+def test_a_setting_that_differs_is_named_by_its_whole_path():
+    then = {"grounder": {"name": "planted", "options": {"level_milli": 800, "near": {"a": 1}}}}
+    now = {"grounder": {"name": "planted", "options": {"level_milli": 700, "near": {"a": 1}}}}
+    assert _difference("grounder", then, now) == "its grounder.options.level_milli is 800, here it would be 700"
+    now["grounder"]["options"] = {"level_milli": 800, "near": {}}
+    assert _difference("grounder", then, now) == "its grounder.options.near.a is 1, here it would be nothing"
+    assert _difference("fusion", {"fusion": 1}, {}) == "its fusion is 1, here it would be nothing"
 
 
 def test_other_regions_can_be_asked_of_the_same_rows(made):

@@ -6,11 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from pipelines.cli import main
 from shared import artifact
 from shared.artifact import read_card, verify
 from shared.errors import CorruptError, InterruptedRun, QuarantineError, SpecMismatchError, UsageError
@@ -18,6 +20,7 @@ from shared.region_arrays import create_detections, read_detections
 from shared.region_layout import ARRAYS
 from shared.region_verify import verify_store
 from shared.regions import RegionStore, open_region_store
+from stage1_localize.made_again import NOTES, note, read_notes
 from stage1_localize.repair import lines, migrate, repair
 from tests.stage1_localize.planted_corpus import ROOT, planted_store
 
@@ -187,7 +190,54 @@ repair(Path({str(damaged)!r}), images=Path({str(images)!r}), out=Path({str(tmp_p
     process.wait()
     done = repair(damaged, images=images, out=tmp_path / "new")
     assert done.store.card.artifact_id == store.card.artifact_id
-    assert 0 < len(done.recomputed) < 16
+    at_once = repair(damaged, images=images, out=tmp_path / "at once")
+    assert list(done.recomputed) == list(at_once.recomputed)
+    assert f"made: region-store ({len(at_once.recomputed)} of 22 rows made again)" in lines(done)
+    assert done.store.card.provenance.metrics["recomputed"] == len(at_once.recomputed) > 5
+    assert repair(damaged, images=images, out=tmp_path / "new").recomputed == done.recomputed
+
+
+def test_a_note_torn_by_a_kill_is_none(tmp_path):
+    (tmp_path / "run").mkdir()
+    note(tmp_path, "a", True)
+    with (tmp_path / NOTES).open("a") as file:
+        file.write('{"sample_id": "b", "as_pub')
+    note(tmp_path, "c", True)
+    note(tmp_path, "c", False)
+    assert read_notes(tmp_path) == {"a": True, "c": False}
+
+
+def test_another_id_ends_with_3_also_when_it_was_done_before(made, damaged, tmp_path, monkeypatch, capsys):
+    """A tool that answers otherwise by now: the row is not what was published, and neither is the store's id."""
+    from stage1_localize import repair as module
+
+    make = module._Work._make
+
+    def make_otherwise(self, row):
+        made_again = make(self, row)
+        return replace(made_again, answer=replace(made_again.answer, maps=254 - made_again.answer.maps))
+
+    flip(chunk(damaged, 1))
+    monkeypatch.setattr(module._Work, "_make", make_otherwise)
+    arguments = ["repair", str(damaged), "--images", str(made[1]), "--out", str(tmp_path / "new")]
+    for _ in range(2):
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        assert ended.value.code == 3
+        assert "another id than before; 1 rows differ from what was published, e.g. " in capsys.readouterr().out
+
+
+def test_a_folder_of_another_run_is_refused_without_an_option_that_repair_lacks(made, damaged, tmp_path):
+    flip(chunk(damaged, 1))
+    (tmp_path / "new" / "run").mkdir(parents=True)
+    (tmp_path / "new" / "run" / "spec.json").write_text('{"kind": "encoder"}')
+    with pytest.raises(SpecMismatchError, match="holds a run of another specification") as told:
+        repair(damaged, images=made[1], out=tmp_path / "new")
+    assert "--fresh" not in f"{told.value} {told.value.hint}"
+    (tmp_path / "new" / "run" / "spec.json").write_text("torn")
+    with pytest.raises(CorruptError) as told:
+        repair(damaged, images=made[1], out=tmp_path / "new")
+    assert "--fresh" not in f"{told.value} {told.value.hint}"
 
 
 def test_a_stop_is_said_and_continued(made, damaged, tmp_path, monkeypatch):

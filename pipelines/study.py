@@ -1,0 +1,273 @@
+"""`mwm run` of a study: localize each corpus once, then every arm on every fold, then what it all says.
+
+Each run is one of mwm's own commands in a process of its own: `run/commands.txt` lists them, and each can be repeated by
+hand. The same command again continues; whole folds come first, and after each the report says what is complete.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipelines.study_config import StudyConfig
+from pipelines.study_plan import Corpus, Run, fold_folder, fold_rows, plan, read_corpus, targets_of, write_fold
+from shared.artifact import CARD, Artifact, write_atomic
+from shared.config import dump_yaml
+from shared.config import spec as config_spec
+from shared.errors import InterruptedRun, MwmError
+from shared.lease import Lease
+from shared.signals import Signals
+from shared.workspace import begin, set_aside
+from stage2_pretrain.config import PretrainConfig
+from stage3_finetune.config import FinetuneConfig
+
+VERSION = 1
+"""Raised when an equal study gives other results."""
+COMMANDS = "run/commands.txt"
+_DEATH_SIGNAL = 1
+"""``PR_SET_PDEATHSIG`` of Linux."""
+
+
+class RunFailedError(MwmError):
+    """A run of a study ended with an error; its exit code is the study's."""
+
+    kind = "run-failed"
+
+    def __init__(self, message: str, *, hint: str | None = None, exit_code: int = 1) -> None:
+        super().__init__(message, hint=hint)
+        self.exit_code = exit_code
+
+
+@dataclass
+class Children:
+    """Commands that are running; told to stop together."""
+
+    out: Path
+    stopped: bool = False
+    running: set[subprocess.Popen[str]] = field(default_factory=set)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def run(self, arguments: Sequence[str]) -> None:
+        """Run one command of mwm to its end.
+
+        Raises:
+            InterruptedRun: It was stopped.
+            RunFailedError: It failed; with its own message.
+        """
+        with self.lock:
+            if self.stopped:
+                raise InterruptedRun("stopped before a run began")
+            child = subprocess.Popen(
+                [sys.executable, "-m", "pipelines", *arguments, "-q", "--json"],
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+                preexec_fn=_end_with_parent,
+            )
+            self.running.add(child)
+        _, told = child.communicate()
+        with self.lock:
+            self.running.discard(child)
+        if child.returncode == InterruptedRun.exit_code:
+            raise InterruptedRun("a run was interrupted; its state is saved")
+        if child.returncode:
+            lines = [line for line in told.splitlines() if line.startswith(("error", "hint"))]
+            message = lines[0].partition(": ")[2] if lines else f"exit code {child.returncode}"
+            hint = next((line.partition(": ")[2] for line in lines if line.startswith("hint")), None)
+            code = child.returncode if child.returncode > 0 else 1
+            raise RunFailedError(f"mwm {arguments[0]}: {message}", hint=hint, exit_code=code)
+
+    def stop(self) -> None:
+        """Tell every command to save its state and end, and let none begin."""
+        with self.lock:
+            self.stopped = True
+            for child in self.running:
+                child.send_signal(signal.SIGTERM)
+
+
+def _end_with_parent() -> None:  # a study that is killed must not leave runs that hold its folders
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGTERM)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command: what it makes, and where."""
+
+    out: Path
+    arguments: tuple[str, ...]
+
+    @property
+    def done(self) -> bool:
+        """Whether its artifact is published."""
+        return (self.out / CARD).is_file()
+
+
+def run_study(
+    config: StudyConfig, *, out: Path, images: Path, fresh: bool = False, command: str = "", only: str | None = None
+) -> Artifact:
+    """Run or continue a study, and publish what is complete.
+
+    Args:
+        config: The study.
+        out: Its folder: a folder a corpus, round, fold and arm, and ``study``, the artifact.
+        images: Folder that its paths are relative to.
+        fresh: Keep an existing folder aside and start anew.
+        command: Command line for provenance.
+        only: Name of one corpus, to run that alone; None: all.
+
+    Returns:
+        The published study. Runs that are not complete are named in it.
+
+    Raises:
+        MwmError: What a stage refuses; RunFailedError, when one fails.
+        InterruptedRun: SIGTERM or SIGINT; runs have saved their states.
+    """
+    from pipelines.study_summary import publish_study
+
+    corpora = {name: read_corpus(config, name, images) for name in config.corpora if only in (None, name)}
+    if fresh:
+        set_aside(out)
+    spec = {
+        "version": VERSION,
+        "config": config_spec(config),
+        "labels": {name: corpus.sha256 for name, corpus in corpora.items()},
+    }
+    with Lease(out):
+        begin(out, kind="study", inputs=(), spec=spec, resolved=dump_yaml(config))
+        children = Children(out)
+        stores = {name: _stores(config, corpus, images, out, children) for name, corpus in corpora.items()}
+        for corpus in corpora.values():
+            for round_ in range(config.rounds):
+                for fold in range(config.folds):
+                    rows = fold_rows(corpus, targets_of(config, corpus.name, corpus.labels), config, round_, fold)
+                    write_fold(corpus, rows, fold_folder(out, corpus.name, round_, fold))
+        runs = [run for run in plan(config) if run.corpus in corpora]
+        steps = {run: _steps(config, run, out, stores[run.corpus]) for run in runs}
+        write_atomic(out / COMMANDS, "".join(_told(step) for run in runs for step in steps[run]).encode())
+        _run_all(steps, children, config.jobs, lambda: publish_study(config, corpora, out, command))
+        return publish_study(config, corpora, out, command)
+
+
+def _stores(config: StudyConfig, corpus: Corpus, images: Path, out: Path, children: Children) -> dict[str, str]:
+    """Region stores by name: of the words, and of the labels where an arm asks for them."""
+    settings = config.corpora[corpus.name]
+    listed, folder = images / settings.images, out / corpus.name
+    found: dict[str, str] = {}
+    wanted = {arm.store for arm in config.arms_of(corpus.name).values() if arm.pretrain is not None}
+    if "localized" in wanted:
+        if settings.store is not None:
+            found["localized"] = settings.store
+        else:
+            recipe = _recipe(folder / "localize.yaml", "localize", config.localize_config(corpus.name))
+            arguments = ("localize", recipe, "--images", str(listed), "--out", str(folder / "regions"))
+            _say(f"{corpus.name}: localize {len(corpus.sources)} images")
+            _stoppable(children, Step(folder / "regions", arguments))
+            found["localized"] = str(folder / "regions")
+    if "oracle" in wanted:
+        grounder = {"name": "oracle", "options": {"labels": str((images / str(settings.outlines)).resolve())}}
+        oracle = config.localize_config(corpus.name, grounder=grounder, segmenter="none")
+        recipe = _recipe(folder / "oracle.yaml", "localize", oracle)
+        arguments = ("localize", recipe, "--images", str(listed), "--out", str(folder / "oracle"))
+        _stoppable(children, Step(folder / "oracle", arguments))
+        found["oracle"] = str(folder / "oracle")
+    return found
+
+
+def _steps(config: StudyConfig, run: Run, out: Path, stores: dict[str, str]) -> list[Step]:
+    """The commands of one run: an encoder, then a model for each endpoint."""
+    arm, fold, folder = config.arms[run.arm], fold_folder(out, run.corpus, run.round, run.fold), run.folder(out)
+    steps = []
+    if arm.pretrain is not None:
+        settings = {**config.pretrain.model_dump(mode="json"), **arm.pretrain, "seed": run.seed(config)}
+        recipe = _recipe(folder / "pretrain.yaml", "pretrain", PretrainConfig.model_validate(settings))
+        places = ("--images", str(fold / "train.csv"), "--regions", stores[arm.store])
+        steps.append(Step(folder / "encoder", ("pretrain", recipe, *places, "--out", str(folder / "encoder"))))
+    for name, endpoint in config.corpora[run.corpus].endpoints.items():
+        if arm.pretrain is None and not endpoint.scratch:
+            continue
+        settings = {**config.finetune.model_dump(mode="json"), **endpoint.finetune, "seed": run.seed(config)}
+        if arm.pretrain is None:
+            base = {**config.pretrain.model_dump(mode="json")}
+            settings |= {key: base[key] for key in ("backbone", "channels")}
+            settings["backbone_options"] = {} if base["backbone_options"] == "auto" else base["backbone_options"]
+        recipe = _recipe(folder / f"{name}.yaml", "finetune", FinetuneConfig.model_validate(settings))
+        places = ("--images", str(fold / "images.csv"), "--labels", str(fold / "labels.csv"))
+        encoder = () if arm.pretrain is None else ("--encoder", str(folder / "encoder"))
+        steps.append(Step(folder / name, ("finetune", recipe, *places, *encoder, "--out", str(folder / name))))
+    return steps
+
+
+def _recipe(path: Path, section: str, config: Any) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    body = {section: yaml.safe_load(dump_yaml(config))}
+    write_atomic(path, yaml.safe_dump(body, sort_keys=False, allow_unicode=True).encode())
+    return str(path)
+
+
+def _told(step: Step) -> str:
+    return shlex.join(("mwm", *step.arguments)) + "\n"
+
+
+def _run_all(steps: dict[Run, list[Step]], children: Children, jobs: int, after_fold: Callable[[], Any]) -> None:
+    """Run what is not done, so many runs at a time; the first failure stops the others."""
+    waiting = iter([run for run, own in steps.items() if not all(step.done for step in own)])
+    total, done = len(steps), sum(all(step.done for step in own) for own in steps.values())
+    _say(f"{done} of {total} runs are done")
+    left: dict[tuple[int, int], int] = {}
+    for run, own in steps.items():
+        if not all(step.done for step in own):
+            left[run.round, run.fold] = left.get((run.round, run.fold), 0) + 1
+    with Signals() as signals, ThreadPoolExecutor(jobs) as pool:
+        running: dict[Future[None], Run] = {}
+        try:
+            while True:
+                while len(running) < jobs and (run := next(waiting, None)) is not None:
+                    running[pool.submit(_one, steps[run], children)] = run
+                if not running:
+                    return
+                ready, _ = wait(running, timeout=1.0, return_when=FIRST_COMPLETED)
+                if signals.caught:
+                    raise InterruptedRun(f"stopped by {signals.caught}; runs have saved their states")
+                for future in ready:
+                    run = running.pop(future)
+                    future.result()
+                    done += 1
+                    left[run.round, run.fold] -= 1
+                    _say(f"run {done}/{total}: {run.corpus}, round {run.round}, fold {run.fold}, {run.arm}")
+                    if not left[run.round, run.fold]:
+                        after_fold()
+        finally:
+            children.stop()
+
+
+def _one(steps: Sequence[Step], children: Children) -> None:
+    for step in steps:
+        if not step.done:
+            children.run(step.arguments)
+
+
+def _stoppable(children: Children, step: Step) -> None:
+    if step.done:
+        return
+    with Signals() as signals, ThreadPoolExecutor(1) as pool:
+        future = pool.submit(children.run, step.arguments)
+        while not wait([future], timeout=1.0).done:
+            if signals.caught:
+                children.stop()
+        future.result()
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,197 @@
+"""Folds of a study that never cut through a group, the lists that its stages read, and the runs that it is made of."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from pipelines.study_config import StudyConfig
+from shared.artifact import write_atomic
+from shared.config import digest
+from shared.errors import ConfigError
+from shared.images import Source, find_sources
+from stage3_finetune.contracts import Example, Targets
+from stage3_finetune.labels import by_group, drawn_order, split_by_group
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A corpus as it was found.
+
+    Attributes:
+        name: In the study.
+        examples: Labelled rows, sorted by id.
+        sources: Their images, by id.
+        labels: Where the labels are.
+        column: Name of the column that holds the label.
+        cells: What stands in that column, by id.
+    """
+
+    name: str
+    examples: tuple[Example, ...]
+    sources: dict[str, Source]
+    labels: Path
+    column: str
+    cells: dict[str, str]
+
+    @property
+    def sha256(self) -> str:
+        """Digest of ids, labels and groups."""
+        return digest([[row.sample_id, row.label, row.group] for row in self.examples])
+
+
+@dataclass(frozen=True)
+class Run:
+    """One arm on one fold: an encoder, and one model an endpoint."""
+
+    corpus: str
+    round: int
+    fold: int
+    arm: str
+
+    def folder(self, out: Path) -> Path:
+        """Where it is kept."""
+        return fold_folder(out, self.corpus, self.round, self.fold) / self.arm
+
+    def seed(self, config: StudyConfig) -> int:
+        """Of everything that is drawn in it; alike in all arms."""
+        return config.seed + self.round * config.folds + self.fold
+
+
+def fold_folder(out: Path, corpus: str, round_: int, fold: int) -> Path:
+    """Where the lists and runs of a fold are kept."""
+    return out / corpus / f"round-{round_}" / f"fold-{fold}"
+
+
+def plan(config: StudyConfig) -> list[Run]:
+    """Every run, whole folds at a time: what is done first can be compared first."""
+    return [
+        Run(corpus, round_, fold, arm)
+        for round_ in range(config.rounds)
+        for fold in range(config.folds)
+        for corpus in config.corpora
+        for arm in config.arms_of(corpus)
+    ]
+
+
+def read_corpus(config: StudyConfig, name: str, images: Path) -> Corpus:
+    """Find a corpus and check that it can be cut into folds.
+
+    Args:
+        config: The study.
+        name: Of the corpus.
+        images: Folder that the study's paths are relative to.
+
+    Raises:
+        MwmError: What a stage would refuse; ConfigError: labels with parts of their own, or groups too few.
+    """
+    corpus = config.corpora[name]
+    labels = images / corpus.labels
+    targets = targets_of(config, name, labels)
+    sources = {source.sample_id: source for source in find_sources(images / corpus.images)}
+    examples, grouped = targets.read({key: source.group for key, source in sources.items()})
+    if not grouped:
+        raise ConfigError(f"corpus {name}: not every row has a group", hint="a study is split by groups: name them")
+    if examples[0].split is not None:
+        raise ConfigError(f"corpus {name}: labels with parts of their own", hint="a study makes folds: drop 'split'")
+    if missing := [row.sample_id for row in examples if row.sample_id not in sources]:
+        raise ConfigError(f"corpus {name}: {len(missing)} labelled samples are not among the images, as {missing[0]!a}")
+    column, cells = _cells(labels)
+    return Corpus(name, tuple(sorted(examples, key=lambda row: row.sample_id)), sources, labels, column, cells)
+
+
+def targets_of(config: StudyConfig, name: str, labels: Path) -> Targets:
+    """The labels of a corpus as its task reads them: one task a corpus."""
+    from stage3_finetune.tasks import TASKS
+
+    tasks = {
+        str({**config.finetune.model_dump(), **endpoint.finetune}["task"])
+        for endpoint in config.corpora[name].endpoints.values()
+    }
+    if len(tasks) > 1:
+        raise ConfigError(f"corpus {name}: endpoints of several tasks, {', '.join(sorted(tasks))}; one is expected")
+    targets: Targets = TASKS.load(tasks.pop()).Targets(labels)
+    return targets
+
+
+def folds_of(examples: Sequence[Example], targets: Targets, *, folds: int, seed: int) -> dict[str, int]:
+    """Put whole groups into folds, each stratum about alike: the next group goes where fewest of its stratum are.
+
+    Raises:
+        ConfigError: A stratum has fewer groups than there are folds.
+    """
+    members = by_group(examples)
+    fold: dict[str, int] = {}
+    for groups in drawn_order(members, targets.strata, "study/folds", seed):
+        if len(groups) < folds:
+            stratum = targets.strata(members[groups[0]][0])
+            raise ConfigError(f"{stratum!a}: {len(groups)} groups, fewer than {folds} folds")
+        sizes = [0] * folds
+        for group in sorted(groups, key=lambda name: -len(members[name])):  # stable: large ones first, then as drawn
+            chosen = min(range(folds), key=lambda place: (sizes[place], place))
+            fold[group] = chosen
+            sizes[chosen] += len(members[group])
+    return fold
+
+
+def fold_rows(corpus: Corpus, targets: Targets, config: StudyConfig, round_: int, fold: int) -> list[Example]:
+    """The rows of a corpus with the parts that they have in a fold."""
+    seed = config.seed + round_
+    place = folds_of(corpus.examples, targets, folds=config.folds, seed=seed)
+    tested = [replace(row, split="test") for row in corpus.examples if place[row.group] == fold]
+    others = [row for row in corpus.examples if place[row.group] != fold]
+    # Its "test" is our val: nothing is tested here.
+    rest = split_by_group(
+        others, targets.strata, val_milli=0, test_milli=config.val_milli, seed=seed * config.folds + fold
+    )
+    parts = {"train": "train", "test": "val"}
+    return sorted(
+        [*tested, *(replace(row, split=parts[str(row.split)]) for row in rest)], key=lambda row: row.sample_id
+    )
+
+
+def write_fold(corpus: Corpus, rows: Sequence[Example], folder: Path) -> None:
+    """Write ``train.csv`` (images that pretraining may see), ``images.csv`` (all) and ``labels.csv``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    images = [
+        (_relative(corpus.sources[row.sample_id].path, folder), row.sample_id, row.group, str(row.split))
+        for row in rows
+    ]
+    _write(folder / "train.csv", ("image", "sample_id", "group"), (row[:3] for row in images if row[3] == "train"))
+    _write(folder / "images.csv", ("image", "sample_id", "group"), (row[:3] for row in images))
+    files = corpus.column == "target"
+    cells = {
+        row.sample_id: _relative(corpus.labels.parent / corpus.cells[row.sample_id], folder)
+        if files
+        else corpus.cells[row.sample_id]
+        for row in rows
+    }
+    _write(
+        folder / "labels.csv",
+        ("sample_id", corpus.column, "group", "split"),
+        ((row.sample_id, cells[row.sample_id], row.group, str(row.split)) for row in rows),
+    )
+
+
+def _relative(path: Path, folder: Path) -> str:
+    return Path(os.path.relpath(path, folder)).as_posix()
+
+
+def _cells(labels: Path) -> tuple[str, dict[str, str]]:
+    """The column of the label, and its cells by sample id; the table has been checked before."""
+    rows = list(csv.DictReader(io.StringIO(labels.read_text(encoding="utf-8-sig"))))
+    column = next(name for name in ("label", "labels", "target") if name in rows[0])
+    key = "sample_id" if "sample_id" in rows[0] else "image"
+    return column, {row[key]: row[column] for row in rows}
+
+
+def _write(path: Path, columns: Sequence[str], rows: Iterator[tuple[str, ...]] | Sequence[tuple[str, ...]]) -> None:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(rows)
+    write_atomic(path, text.getvalue().encode())

@@ -1,0 +1,259 @@
+"""What a study's runs say so far: scores by arm, paired differences, verdicts on claims; published as one artifact."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int64
+
+from pipelines.study_config import StudyConfig
+from pipelines.study_plan import Corpus, Run, plan
+from pipelines.study_report import study_page
+from pipelines.study_stats import Compared, Measure, compare, verdict
+from shared.artifact import CARD, Artifact, Card, Input, publish, read_card, write_atomic
+from shared.config import digest, dump_yaml
+from shared.config import spec as config_spec
+from shared.errors import SpecMismatchError
+from shared.workspace import begin, set_aside
+from stage3_finetune.contracts import Predictions
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Table:
+    """One endpoint of one corpus.
+
+    Attributes:
+        corpus: Its name.
+        endpoint: Its name.
+        arms: Those compared.
+        rounds: Complete rounds, each image tested once in each; 0: folds of the first round only.
+        folds: Complete in all arms.
+        scores: Score -> all arms compared.
+    """
+
+    corpus: str
+    endpoint: str
+    arms: tuple[str, ...]
+    rounds: int
+    folds: int
+    scores: Mapping[str, Compared]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """All that a study says.
+
+    Attributes:
+        tables: One an endpoint that has anything complete.
+        claims: Claim, and what the differences say of it.
+        done: Complete runs.
+        total: All runs.
+        open: Runs that are not complete, by name.
+        hidden: Corpus and arm -> share of patches that was hidden: overall, inside and outside of the region.
+    """
+
+    tables: tuple[Table, ...]
+    claims: tuple[tuple[str, str], ...]
+    done: int
+    total: int
+    open: tuple[str, ...]
+    hidden: Mapping[str, Mapping[str, tuple[float | None, ...]]]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON."""
+        return asdict(self)
+
+
+def publish_study(config: StudyConfig, corpora: Mapping[str, Corpus], out: Path, command: str) -> Artifact:
+    """Summarise what is complete and publish it in ``OUT/study``; an older state is kept aside."""
+    cards = {run: run_cards(config, run, out) for run in plan(config) if run.corpus in corpora}
+    summary = summarise(config, corpora, cards, out)
+    folder = out / "study"
+    models = {f"{name(run)}/{made}": card for run, own in cards.items() for made, card in own.items()}
+    inputs = tuple(
+        Input(role=role, kind=card.identity.kind, artifact_id=card.artifact_id) for role, card in sorted(models.items())
+    )
+    spec = {"version": VERSION, "config": config_spec(config)}
+    told: dict[str, Any] = {"kind": "study", "inputs": inputs, "spec": spec}
+    supersedes = None
+    try:
+        _, card = begin(folder, **told, resolved=dump_yaml(config))
+    except SpecMismatchError:  # more runs are complete
+        supersedes = read_card(folder, "study").artifact_id if (folder / CARD).is_file() else None
+        set_aside(folder)
+        _, card = begin(folder, **told, resolved=dump_yaml(config))
+    if card is not None:
+        return Artifact(folder, card)
+    body = json.dumps(_finite(summary.as_dict()), indent=1, ensure_ascii=False) + "\n"
+    write_atomic(folder / "study.json", body.encode())
+    lines = [json.dumps({"run": role, **card.model_dump(mode="json")}, sort_keys=True) for role, card in models.items()]
+    write_atomic(folder / "cards.jsonl", ("\n".join(lines) + "\n").encode())
+    write_atomic(folder / "report.html", study_page(config, summary).encode())
+    outputs = {"runs": summary.done, "of": summary.total, "summary_sha256": digest(_thousandths(summary.as_dict()))}
+    card = publish(
+        folder,
+        **told,
+        outputs=outputs,
+        command=command,
+        metrics={"claims": dict(summary.claims)},
+        supersedes=supersedes,
+    )
+    return Artifact(folder, card)
+
+
+def name(run: Run) -> str:
+    """A run in one line."""
+    return f"{run.corpus}/round-{run.round}/fold-{run.fold}/{run.arm}"
+
+
+def run_cards(config: StudyConfig, run: Run, out: Path) -> dict[str, Card]:
+    """Cards of a run that are published, by ``encoder`` and endpoint."""
+    folder = run.folder(out)
+    wanted = ["encoder", *config.corpora[run.corpus].endpoints]
+    return {made: read_card(folder / made) for made in wanted if (folder / made / CARD).is_file()}
+
+
+def summarise(
+    config: StudyConfig, corpora: Mapping[str, Corpus], cards: Mapping[Run, Mapping[str, Card]], out: Path
+) -> Summary:
+    """Compare what is complete in all arms of an endpoint."""
+    tables = []
+    for corpus in corpora:
+        for endpoint in config.corpora[corpus].endpoints:
+            table = _table(config, corpus, endpoint, cards, out)
+            if table is not None:
+                tables.append(table)
+    open_ = [run for run, own in cards.items() if not set(_wanted(config, run)) <= set(own)]
+    return Summary(
+        tuple(tables),
+        tuple((claim.text, _claim(claim, tables)) for claim in config.claims if claim.corpus in corpora),
+        len(cards) - len(open_),
+        len(cards),
+        tuple(map(name, open_)),
+        _hidden(config, corpora, cards),
+    )
+
+
+def _wanted(config: StudyConfig, run: Run) -> list[str]:
+    scratch = config.arms[run.arm].pretrain is None
+    endpoints = config.corpora[run.corpus].endpoints
+    made = [made for made, endpoint in endpoints.items() if endpoint.scratch or not scratch]
+    return made if scratch else ["encoder", *made]
+
+
+def _table(
+    config: StudyConfig, corpus: str, endpoint: str, cards: Mapping[Run, Mapping[str, Card]], out: Path
+) -> Table | None:
+    arms = [
+        arm
+        for arm, settings in config.arms_of(corpus).items()
+        if settings.pretrain is not None or config.corpora[corpus].endpoints[endpoint].scratch
+    ]
+    places = [(round_, fold) for round_ in range(config.rounds) for fold in range(config.folds)]
+    complete = [place for place in places if all(endpoint in cards[Run(corpus, *place, arm)] for arm in arms)]
+    whole = [r for r in range(config.rounds) if all((r, fold) in complete for fold in range(config.folds))]
+    used = [[(r, fold) for fold in range(config.folds)] for r in whole] or [[p for p in complete if p[0] == 0]]
+    if not used[0] or len(arms) < 2:
+        return None
+    measures: dict[str, dict[str, list[Measure]]] = {}
+    group: list[str] = []
+    for arm in arms:
+        for folds in used:
+            joined = _joined([Run(corpus, *place, arm).folder(out) / endpoint for place in folds])
+            order = np.argsort([row.sample_id for row in joined.examples])
+            group = [joined.examples[place].group for place in order]
+            for score, measure in joined.measures().items():
+                in_order = partial(_reordered, measure, np.argsort(order))
+                measures.setdefault(score, {}).setdefault(arm, []).append(in_order)
+    if len(set(group)) < 2:
+        return None
+    pairs = [(arm, arms[0]) for arm in arms[1:]]
+    pairs += [
+        (claim.arm, claim.than)
+        for claim in config.claims
+        if (claim.corpus, claim.endpoint) == (corpus, endpoint) and {claim.arm, claim.than} <= set(arms)
+    ]
+    scores = {
+        score: compare(by_arm, group, list(dict.fromkeys(pairs)), seed=config.seed, resamples=config.resamples)
+        for score, by_arm in measures.items()
+    }
+    return Table(corpus, endpoint, tuple(arms), len(whole), sum(map(len, used)), scores)
+
+
+def _reordered(
+    measure: Measure, place: Int64[np.ndarray, "N"], weight: Int64[np.ndarray, "R N"]
+) -> Float[np.ndarray, "R"]:
+    """Weights come in the order of ids; the measure's rows stand as they were predicted."""
+    return measure(weight[:, place])
+
+
+def _joined(folders: Sequence[Path]) -> Predictions:
+    from stage3_finetune.tasks import TASKS
+
+    parts = []
+    for folder in folders:
+        card = read_card(folder, "model")
+        kind: type[Predictions] = TASKS.load(str(card.identity.spec["config"]["task"])).Predictions
+        parts.append(kind.load(folder / f"predictions{kind.suffix}").part("test"))
+    return type(parts[0]).join(parts)
+
+
+def _claim(claim: Any, tables: Sequence[Table]) -> str:
+    for table in tables:
+        if (table.corpus, table.endpoint) == (claim.corpus, claim.endpoint) and claim.score in table.scores:
+            for found in table.scores[claim.score].differences:
+                if (found.arm, found.than) == (claim.arm, claim.than):
+                    return verdict(found, claim.milli / 1000)
+    return "not run yet"
+
+
+def _hidden(
+    config: StudyConfig, corpora: Mapping[str, Corpus], cards: Mapping[Run, Mapping[str, Card]]
+) -> dict[str, dict[str, tuple[float | None, ...]]]:
+    found: dict[str, dict[str, tuple[float | None, ...]]] = {}
+    for corpus in corpora:
+        for arm in config.arms_of(corpus):
+            encoders = [
+                own["encoder"]
+                for run, own in cards.items()
+                if (run.corpus, run.arm) == (corpus, arm) and "encoder" in own
+            ]
+            if encoders:
+                columns = ("hidden_share", "hidden_inside_share", "hidden_outside_share")
+                found.setdefault(corpus, {})[arm] = tuple(
+                    _mean([e.provenance.metrics.get(c) for e in encoders]) for c in columns
+                )
+    return found
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN."""
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
+def _thousandths(value: Any) -> Any:
+    """The same without floats, for a digest: they may differ in the last digits between NumPy releases."""
+    if isinstance(value, Mapping):
+        return {str(key): _thousandths(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_thousandths(item) for item in value]
+    if isinstance(value, float):
+        return round(value * 1000) if np.isfinite(value) else None
+    return value
