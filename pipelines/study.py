@@ -1,7 +1,7 @@
 """`mwm run` of a study: localize each corpus once, then every arm on every fold, then what it all says.
 
-Each run is one of mwm's own commands in a process of its own: `run/commands.txt` lists them, and each can be repeated by
-hand. The same command again continues; whole folds come first, and after each the report says what is complete.
+Each run is one of mwm's own commands in a process of its own: `run/commands.txt` lists them, and each can be repeated
+by hand. The same command again continues; whole folds come first, and after each the report says what is complete.
 """
 
 from __future__ import annotations
@@ -233,8 +233,8 @@ def _run_all(steps: dict[Run, list[Step]], children: Children, jobs: int, after_
         running: dict[Future[None], Run] = {}
         try:
             while True:
-                while len(running) < jobs and (run := next(waiting, None)) is not None:
-                    running[pool.submit(_one, steps[run], children)] = run
+                while len(running) < jobs and (following := next(waiting, None)) is not None:
+                    running[pool.submit(_one, steps[following], children)] = following
                 if not running:
                     return
                 ready, _ = wait(running, timeout=1.0, return_when=FIRST_COMPLETED)

@@ -41,7 +41,7 @@ class CorpusConfig(Strict):
     store: str | None = runtime(None, "A published region store of these images, PATH[@sha256:...]; null: localize.")
     supervised: bool = Field(
         False,
-        description="The grounder has been taught by labels of this corpus: its regions are not the words' alone.",
+        description="The grounder was taught by this corpus' labels: its regions are not the words' alone.",
     )
     endpoints: dict[str, EndpointConfig] = Field(description="What is measured, by name; the first is the main one.")
 
@@ -93,7 +93,7 @@ class StudyConfig(Strict):
                     if c in self.corpora and self.corpora[c].outlines is None
                 ]
         for number, claim in enumerate(self.claims):
-            known = {"corpus": self.corpora, "arm": self.arms, "than": self.arms}
+            known: dict[str, dict[str, Any]] = {"corpus": {**self.corpora}, "arm": {**self.arms}, "than": {**self.arms}}
             problems += [
                 f"claims[{number}].{key}: no {key} '{getattr(claim, key)}'"
                 for key, table in known.items()

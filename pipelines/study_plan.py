@@ -17,6 +17,8 @@ from shared.images import Source, find_sources
 from stage3_finetune.contracts import Example, Targets
 from stage3_finetune.labels import by_group, drawn_order, split_by_group
 
+_LINK = "files"
+
 
 @dataclass(frozen=True)
 class Corpus:
@@ -26,6 +28,7 @@ class Corpus:
         name: In the study.
         examples: Labelled rows, sorted by id.
         sources: Their images, by id.
+        root: Folder that holds images and labels.
         labels: Where the labels are.
         column: Name of the column that holds the label.
         cells: What stands in that column, by id.
@@ -34,6 +37,7 @@ class Corpus:
     name: str
     examples: tuple[Example, ...]
     sources: dict[str, Source]
+    root: Path
     labels: Path
     column: str
     cells: dict[str, str]
@@ -101,7 +105,8 @@ def read_corpus(config: StudyConfig, name: str, images: Path) -> Corpus:
     if missing := [row.sample_id for row in examples if row.sample_id not in sources]:
         raise ConfigError(f"corpus {name}: {len(missing)} labelled samples are not among the images, as {missing[0]!a}")
     column, cells = _cells(labels)
-    return Corpus(name, tuple(sorted(examples, key=lambda row: row.sample_id)), sources, labels, column, cells)
+    ordered = tuple(sorted(examples, key=lambda row: row.sample_id))
+    return Corpus(name, ordered, sources, images, labels, column, cells)
 
 
 def targets_of(config: StudyConfig, name: str, labels: Path) -> Targets:
@@ -155,17 +160,21 @@ def fold_rows(corpus: Corpus, targets: Targets, config: StudyConfig, round_: int
 
 
 def write_fold(corpus: Corpus, rows: Sequence[Example], folder: Path) -> None:
-    """Write ``train.csv`` (images that pretraining may see), ``images.csv`` (all) and ``labels.csv``."""
+    """Write ``train.csv`` (images that pretraining may see), ``images.csv`` (all) and ``labels.csv``.
+
+    A list names files below its own folder only: a link there leads to the study's.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / _LINK).is_symlink():
+        (folder / _LINK).symlink_to(corpus.root.resolve(), target_is_directory=True)
     images = [
-        (_relative(corpus.sources[row.sample_id].path, folder), row.sample_id, row.group, str(row.split))
-        for row in rows
+        (_below(corpus, corpus.sources[row.sample_id].path), row.sample_id, row.group, str(row.split)) for row in rows
     ]
     _write(folder / "train.csv", ("image", "sample_id", "group"), (row[:3] for row in images if row[3] == "train"))
     _write(folder / "images.csv", ("image", "sample_id", "group"), (row[:3] for row in images))
     files = corpus.column == "target"
     cells = {
-        row.sample_id: _relative(corpus.labels.parent / corpus.cells[row.sample_id], folder)
+        row.sample_id: _below(corpus, corpus.labels.parent / corpus.cells[row.sample_id])
         if files
         else corpus.cells[row.sample_id]
         for row in rows
@@ -177,8 +186,8 @@ def write_fold(corpus: Corpus, rows: Sequence[Example], folder: Path) -> None:
     )
 
 
-def _relative(path: Path, folder: Path) -> str:
-    return Path(os.path.relpath(path, folder)).as_posix()
+def _below(corpus: Corpus, path: Path) -> str:
+    return (Path(_LINK) / os.path.relpath(path, corpus.root)).as_posix()
 
 
 def _cells(labels: Path) -> tuple[str, dict[str, str]]:

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from pipelines.study_summary import Summary, Table
 
 _HOW = (
-    "Folds never cut through a group; each image is tested once a round, by a model that saw neither its group's labels "
-    "nor, in pretraining, its pixels. Differences are paired by image; intervals resample whole groups. "
+    "Folds never cut through a group; each image is tested once a round, by a model that saw neither its group's "
+    "labels nor, in pretraining, its pixels. Differences are paired by image; intervals resample whole groups. "
     "Models are those after the last epoch: nothing is chosen by the test part."
 )
 
@@ -28,8 +28,8 @@ def study_page(config: StudyConfig, summary: Summary) -> str:
             rows = [(f"{d.arm} against {d.than}", d.value, d.low, d.high) for d in compared.differences]
             smallest = max((d.smallest for d in compared.differences), default=0.0)
             note = (
-                f"{compared.images} images in {compared.groups} groups, {_folds(found, config)}. A true difference below "
-                f"{100 * smallest:.1f} points would not be told from none (80 % power, 5 % level)."
+                f"{compared.images} images in {compared.groups} groups, {_folds(found, config)}. A true difference "
+                f"below {100 * smallest:.1f} points would not be told from none (80 % power, 5 % level)."
             )
             if config.corpora[found.corpus].supervised:
                 note += " The grounder has been taught by labels of this set: its regions are supervised here."

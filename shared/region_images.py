@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,15 +62,22 @@ def refuse_changed(sample: SampleRow, source_sha256: str) -> None:
         )
 
 
-def flat_samples(samples: Sequence[SampleRow], grid: Sequence[int]) -> SomeSamples:
+def flat_samples(
+    samples: Sequence[SampleRow], grid: Sequence[int], wanted: Callable[[SampleRow], bool] = lambda sample: True
+) -> SomeSamples:
     """Samples that have maps, of a store of 2D images, read from disk when asked for.
+
+    Args:
+        samples: Of the store.
+        grid: Of its maps.
+        wanted: Which of them are meant.
 
     Raises:
         UsageError: The store's maps have another number of axes, or no sample has any.
     """
     if len(grid) != 2:
         raise UsageError(f"region store: maps of {len(grid)} axes, expected 2")
-    used = SomeSamples(samples, lambda sample: sample.status == "ok" and sample.shape is not None)
+    used = SomeSamples(samples, lambda sample: sample.status == "ok" and sample.shape is not None and wanted(sample))
     if not used:
-        raise UsageError(f"region store: none of its {len(samples)} samples has region maps")
+        raise UsageError(f"region store: none of its {len(samples)} samples has region maps, or is among the images")
     return used

@@ -29,6 +29,11 @@ class PretrainConfig(Strict):
     schedule: ScheduleOptions = Field(ScheduleOptions(), description="How the policy's settings change over epochs.")
     coverage: CoverageOptions = Field(CoverageOptions(), description="How several regions become one coverage.")
     window: WindowOptions = Field(WindowOptions(), description="How images are cropped, flipped and turned.")
+    subset: bool = Field(
+        False,
+        description="Train on those samples of the region store alone that the images list: one store serves several "
+        "folds. Off: an image that is missing is an error.",
+    )
     backbone: str = Field("resnet50", description="timm architecture of the encoder.")
     backbone_options: dict[str, Any] | Literal["auto"] = Field(
         "auto",

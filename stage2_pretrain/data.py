@@ -55,6 +55,7 @@ class RegionDataset:
             they are read again. Never changes what an item is.
         pixel_cache: Of the samples with maps: decoded images are kept there too, and read from there. Whether the
             file of one is still the one localized is then looked at once by each process.
+        some: Rows of the store that are taken, as `samples.tell_rows` tells them; all if not given.
 
     Attributes:
         sample_ids: Ids of the items.
@@ -62,7 +63,7 @@ class RegionDataset:
         sample_keys: Their keys.
         maps_of: Index of the sample whose maps each is masked by.
         sizes_px: Height and width of each image.
-        absent: Samples of the store without maps (quarantined by stage 1), which are left out.
+        absent: Samples of the store without maps (quarantined by stage 1), which are left out; 0 where some are taken.
         extra: Images that the store does not know, which are left out.
 
     Raises:
@@ -82,8 +83,9 @@ class RegionDataset:
         maps_of: Callable[[int], Int64[np.ndarray, "N"]] = np.arange,
         memory_bytes: int = MEMORY_BYTES,
         pixel_cache: PixelCache | None = None,
+        some: str | None = None,
     ) -> None:
-        used = usable_samples(store)
+        used = usable_samples(store, some)
         found = {source.sample_id: source for source in find_sources(images)}
         ids: list[str] = []
         rows: list[int] = []
@@ -112,7 +114,7 @@ class RegionDataset:
         self.sample_keys = sample_keys(self.sample_ids)
         self.maps_of = maps_of(len(used))
         self.sizes_px = image_sizes_px(used)
-        self.absent = len(store.samples) - len(used)
+        self.absent = 0 if some is not None else len(store.samples) - len(used)
         self.extra = len(set(found) - {sample.sample_id for sample in store.samples})
         self._sources: list[Source] = [found[name] for name in self.sample_ids]
         self._pixel_cache = pixel_cache

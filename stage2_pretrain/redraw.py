@@ -80,7 +80,7 @@ def redraw_one(
         IncompatibleError: The card says too little, or names what this release cannot draw.
     """
     spec = mask_spec_of_card(card_spec)
-    samples = usable_samples(store)
+    samples = usable_samples(store, card_spec.get("rows"))
     names = [sample.sample_id for sample in samples]
     if len(names) != spec.samples:
         raise IncompatibleError(f"region store: {len(names)} samples with maps, the card has {spec.samples}")

@@ -31,7 +31,7 @@ from stage2_pretrain.masking.plan import build_policy, guide_of, maps_of
 from stage2_pretrain.masking.spec import MaskSpec, mask_section, mask_spec
 from stage2_pretrain.methods import METHODS
 from stage2_pretrain.pixel_cache import open_pixel_cache
-from stage2_pretrain.samples import usable_samples
+from stage2_pretrain.samples import listed_rows, usable_samples
 from stage2_pretrain.steps import Step, Steps
 
 TEACHER_DECAY = 0.999
@@ -162,6 +162,7 @@ def prepare(config: PretrainConfig, store: RegionStore, images: Path, out: Path)
     check_grounder = getattr(policy, "check_grounder", None)
     if check_grounder is not None:
         check_grounder(store.grounder)
+    some = listed_rows(store, images) if config.subset else None
     dataset = RegionDataset(
         store,
         images,
@@ -171,7 +172,8 @@ def prepare(config: PretrainConfig, store: RegionStore, images: Path, out: Path)
         seed=config.seed,
         maps_of=lambda samples: maps_of(policy, samples, config.seed),
         memory_bytes=(config.cache_mib << 20) // max(1, config.loader_workers),
-        pixel_cache=open_pixel_cache(config.image_cache, usable_samples(store), out),
+        pixel_cache=open_pixel_cache(config.image_cache, usable_samples(store, some), out),
+        some=some,
     )
     if len(dataset) < 2:
         raise ConfigError(f"region store: {len(dataset)} sample with maps; a batch needs 2 or more")
@@ -203,6 +205,7 @@ def prepare(config: PretrainConfig, store: RegionStore, images: Path, out: Path)
             for name, value in plain.items()
             if name not in ("device", "threads", "precision", "impl", *_IN_MASKS)
         },
+        **({} if some is None else {"rows": some}),
         "method": {**plain["method"], "version": part.version},
         "mask": mask_section(masks),
         "loop_version": LOOP_VERSION,

@@ -19,7 +19,7 @@ from shared.artifact import Artifact, read_card, verify
 from shared.backbones import load_encoder
 from shared.checkpoint import latest_state
 from shared.config import load
-from shared.errors import ConfigError, CorruptError, InterruptedRun, SpecMismatchError
+from shared.errors import ConfigError, CorruptError, InputMissingError, InterruptedRun, SpecMismatchError, UsageError
 from shared.regions import open_region_store
 from shared.runlog import read_metrics, read_timings
 from stage2_pretrain import train
@@ -307,6 +307,31 @@ def test_masks_by_another_sample_s_maps_draw_again(whole: Artifact, corpus: Path
     assert sorted(mask.maps_of for mask in masks) == [f"{row:02}.png" for row in range(COUNT) if row != 5]
     assert masks[0].maps_of != "00.png"
     assert (masks[0].maps == store.maps([store.row(masks[0].maps_of)])[0]).all()
+
+
+def test_a_list_takes_a_part_of_a_store_and_its_masks_draw_again(whole: Artifact, corpus: Path, tmp_path: Path) -> None:
+    some = (0, 1, 2, 5, 7)  # 5 is quarantined
+    listed = corpus / "some.csv"
+    rows = "".join(f"images/{row:02}.png,{row:02}.png\n" for row in some)
+    listed.write_text("image,sample_id\n" + rows)
+    store = str(corpus / "regions")
+    made = pretrain(config(subset=True, policy="shuffled"), images=listed, regions=store, out=tmp_path / "out")
+    spec = made.card.identity.spec
+    assert (spec["rows"], made.card.identity.outputs["samples"]) == ("0-2,7", 4)
+    opened = open_region_store(store)
+    found = redraw(opened, spec, made.path)
+    assert (found.mismatches, found.draws) == ((), 4 * EPOCHS)
+    masks = [redraw_one(opened, spec, made.path, f"{row:02}.png", epoch=-1, view=0) for row in (0, 7)]
+    assert all((mask.bits == mask.recorded).all() for mask in masks)
+    assert {mask.maps_of for mask in masks} <= {"00.png", "01.png", "02.png", "07.png"}
+    with pytest.raises(UsageError, match="took no part"):
+        redraw_one(opened, spec, made.path, "03.png", epoch=-1, view=0)
+    assert "rows" not in whole.card.identity.spec
+    with pytest.raises(InputMissingError, match="4 of 8 samples"):
+        pretrain(config(), images=listed, regions=store, out=tmp_path / "all")
+    listed.write_text("image,sample_id\nimages/00.png,another\n")
+    with pytest.raises(UsageError, match="is among the images"):
+        pretrain(config(subset=True), images=listed, regions=store, out=tmp_path / "none")
 
 
 def test_masks_drawn_on_the_device_of_the_encoder_are_the_same(
