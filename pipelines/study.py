@@ -154,7 +154,7 @@ def run_study(
                     rows = fold_rows(corpus, targets_of(config, corpus.name, corpus.labels), config, round_, fold)
                     write_fold(corpus, rows, fold_folder(out, corpus.name, round_, fold))
         runs = [run for run in plan(config) if run.corpus in corpora]
-        steps = {run: _steps(config, run, out, stores[run.corpus]) for run in runs}
+        steps = {run: _steps(config, run, out, corpora[run.corpus].images, stores[run.corpus]) for run in runs}
         write_atomic(out / COMMANDS, "".join(_told(step) for run in runs for step in steps[run]).encode())
         _run_all(steps, children, config.jobs, lambda: publish_study(config, corpora, out, command))
         return publish_study(config, corpora, out, command)
@@ -185,14 +185,15 @@ def _stores(config: StudyConfig, corpus: Corpus, images: Path, out: Path, childr
     return found
 
 
-def _steps(config: StudyConfig, run: Run, out: Path, stores: dict[str, str]) -> list[Step]:
+def _steps(config: StudyConfig, run: Run, out: Path, images: Path, stores: dict[str, str]) -> list[Step]:
     """The commands of one run: an encoder, then a model for each endpoint."""
     arm, fold, folder = config.arms[run.arm], fold_folder(out, run.corpus, run.round, run.fold), run.folder(out)
     steps = []
     if arm.pretrain is not None:
-        settings = {**config.pretrain.model_dump(mode="json"), **arm.pretrain, "seed": run.seed(config)}
+        own = {"seed": run.seed(config), "subset": str((fold / "train.csv").resolve())}
+        settings = {**config.pretrain.model_dump(mode="json"), **arm.pretrain, **own}
         recipe = _recipe(folder / "pretrain.yaml", "pretrain", PretrainConfig.model_validate(settings))
-        places = ("--images", str(fold / "train.csv"), "--regions", stores[arm.store])
+        places = ("--images", str(images), "--regions", stores[arm.store])
         steps.append(Step(folder / "encoder", ("pretrain", recipe, *places, "--out", str(folder / "encoder"))))
     for name, endpoint in config.corpora[run.corpus].endpoints.items():
         if arm.pretrain is None and not endpoint.scratch:
@@ -203,7 +204,7 @@ def _steps(config: StudyConfig, run: Run, out: Path, stores: dict[str, str]) -> 
             settings |= {key: base[key] for key in ("backbone", "channels")}
             settings["backbone_options"] = {} if base["backbone_options"] == "auto" else base["backbone_options"]
         recipe = _recipe(folder / f"{name}.yaml", "finetune", FinetuneConfig.model_validate(settings))
-        places = ("--images", str(fold / "images.csv"), "--labels", str(fold / "labels.csv"))
+        places = ("--images", str(images), "--labels", str(fold / "labels.csv"))
         encoder = () if arm.pretrain is None else ("--encoder", str(folder / "encoder"))
         steps.append(Step(folder / name, ("finetune", recipe, *places, *encoder, "--out", str(folder / name))))
     return steps

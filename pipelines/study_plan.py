@@ -17,8 +17,6 @@ from shared.images import Source, find_sources
 from stage3_finetune.contracts import Example, Targets
 from stage3_finetune.labels import by_group, drawn_order, split_by_group
 
-_LINK = "files"
-
 
 @dataclass(frozen=True)
 class Corpus:
@@ -27,8 +25,8 @@ class Corpus:
     Attributes:
         name: In the study.
         examples: Labelled rows, sorted by id.
-        sources: Their images, by id.
-        root: Folder that holds images and labels.
+        images: The list of images.
+        sources: Images, by id.
         labels: Where the labels are.
         column: Name of the column that holds the label.
         cells: What stands in that column, by id.
@@ -36,8 +34,8 @@ class Corpus:
 
     name: str
     examples: tuple[Example, ...]
+    images: Path
     sources: dict[str, Source]
-    root: Path
     labels: Path
     column: str
     cells: dict[str, str]
@@ -106,7 +104,7 @@ def read_corpus(config: StudyConfig, name: str, images: Path) -> Corpus:
         raise ConfigError(f"corpus {name}: {len(missing)} labelled samples are not among the images, as {missing[0]!a}")
     column, cells = _cells(labels)
     ordered = tuple(sorted(examples, key=lambda row: row.sample_id))
-    return Corpus(name, ordered, sources, images, labels, column, cells)
+    return Corpus(name, ordered, images / corpus.images, sources, labels, column, cells)
 
 
 def targets_of(config: StudyConfig, name: str, labels: Path) -> Targets:
@@ -160,34 +158,18 @@ def fold_rows(corpus: Corpus, targets: Targets, config: StudyConfig, round_: int
 
 
 def write_fold(corpus: Corpus, rows: Sequence[Example], folder: Path) -> None:
-    """Write ``train.csv`` (images that pretraining may see), ``images.csv`` (all) and ``labels.csv``.
-
-    A list names files below its own folder only: a link there leads to the study's.
-    """
+    """Write ``train.csv``, the samples that pretraining may see, and ``labels.csv`` with the parts."""
     folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / _LINK).is_symlink():
-        (folder / _LINK).symlink_to(corpus.root.resolve(), target_is_directory=True)
-    images = [
-        (_below(corpus, corpus.sources[row.sample_id].path), row.sample_id, row.group, str(row.split)) for row in rows
-    ]
-    _write(folder / "train.csv", ("image", "sample_id", "group"), (row[:3] for row in images if row[3] == "train"))
-    _write(folder / "images.csv", ("image", "sample_id", "group"), (row[:3] for row in images))
-    files = corpus.column == "target"
+    _write(folder / "train.csv", ("sample_id",), ((row.sample_id,) for row in rows if row.split == "train"))
     cells = {
-        row.sample_id: _below(corpus, corpus.labels.parent / corpus.cells[row.sample_id])
-        if files
+        row.sample_id: Path(os.path.relpath(corpus.labels.parent / corpus.cells[row.sample_id], folder)).as_posix()
+        if corpus.column == "target"
         else corpus.cells[row.sample_id]
         for row in rows
     }
-    _write(
-        folder / "labels.csv",
-        ("sample_id", corpus.column, "group", "split"),
-        ((row.sample_id, cells[row.sample_id], row.group, str(row.split)) for row in rows),
-    )
-
-
-def _below(corpus: Corpus, path: Path) -> str:
-    return (Path(_LINK) / os.path.relpath(path, corpus.root)).as_posix()
+    columns = ("sample_id", corpus.column, "group", "split")
+    lines = ((row.sample_id, cells[row.sample_id], row.group, str(row.split)) for row in rows)
+    _write(folder / "labels.csv", columns, lines)
 
 
 def _cells(labels: Path) -> tuple[str, dict[str, str]]:

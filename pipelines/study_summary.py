@@ -77,6 +77,7 @@ def publish_study(config: StudyConfig, corpora: Mapping[str, Corpus], out: Path,
     cards = {run: run_cards(config, run, out) for run in plan(config) if run.corpus in corpora}
     summary = summarise(config, corpora, cards, out)
     folder = out / "study"
+    folder.mkdir(exist_ok=True)
     models = {f"{name(run)}/{made}": card for run, own in cards.items() for made, card in own.items()}
     inputs = tuple(
         Input(role=role, kind=card.identity.kind, artifact_id=card.artifact_id) for role, card in sorted(models.items())
@@ -89,6 +90,7 @@ def publish_study(config: StudyConfig, corpora: Mapping[str, Corpus], out: Path,
     except SpecMismatchError:  # more runs are complete
         supersedes = read_card(folder, "study").artifact_id if (folder / CARD).is_file() else None
         set_aside(folder)
+        folder.mkdir()
         _, card = begin(folder, **told, resolved=dump_yaml(config))
     if card is not None:
         return Artifact(folder, card)

@@ -79,5 +79,5 @@ def flat_samples(
         raise UsageError(f"region store: maps of {len(grid)} axes, expected 2")
     used = SomeSamples(samples, lambda sample: sample.status == "ok" and sample.shape is not None and wanted(sample))
     if not used:
-        raise UsageError(f"region store: none of its {len(samples)} samples has region maps, or is among the images")
+        raise UsageError(f"region store: none of its {len(samples)} samples has region maps")
     return used

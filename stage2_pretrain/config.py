@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
@@ -29,10 +30,10 @@ class PretrainConfig(Strict):
     schedule: ScheduleOptions = Field(ScheduleOptions(), description="How the policy's settings change over epochs.")
     coverage: CoverageOptions = Field(CoverageOptions(), description="How several regions become one coverage.")
     window: WindowOptions = Field(WindowOptions(), description="How images are cropped, flipped and turned.")
-    subset: bool = Field(
-        False,
-        description="Train on those samples of the region store alone that the images list: one store serves several "
-        "folds. Off: an image that is missing is an error.",
+    subset: Path | None = Field(
+        None,
+        description="CSV whose column sample_id names the samples to train on: one region store serves several folds. "
+        "null: every sample of the store.",
     )
     backbone: str = Field("resnet50", description="timm architecture of the encoder.")
     backbone_options: dict[str, Any] | Literal["auto"] = Field(

@@ -38,8 +38,8 @@ TEACHER_DECAY = 0.999
 """Of the average that is a policy's teacher, a step, where ``ema`` sets no other; AnatoMask begins with it."""
 FEW_PATCHES = 16
 """A grid of fewer can't tell a region."""
-_IN_MASKS = ("policy", "schedule", "coverage", "window")
-"""Settings that the card holds in its section ``mask``."""
+_ELSEWHERE = ("policy", "schedule", "coverage", "window", "subset")
+"""Settings that the card holds in its section ``mask``, and in its ``rows``."""
 
 
 def resolve(config: PretrainConfig) -> PretrainConfig:
@@ -162,7 +162,7 @@ def prepare(config: PretrainConfig, store: RegionStore, images: Path, out: Path)
     check_grounder = getattr(policy, "check_grounder", None)
     if check_grounder is not None:
         check_grounder(store.grounder)
-    some = listed_rows(store, images) if config.subset else None
+    some = None if config.subset is None else listed_rows(store, config.subset)
     dataset = RegionDataset(
         store,
         images,
@@ -203,7 +203,7 @@ def prepare(config: PretrainConfig, store: RegionStore, images: Path, out: Path)
         **{
             name: value
             for name, value in plain.items()
-            if name not in ("device", "threads", "precision", "impl", *_IN_MASKS)
+            if name not in ("device", "threads", "precision", "impl", *_ELSEWHERE)
         },
         **({} if some is None else {"rows": some}),
         "method": {**plain["method"], "version": part.version},

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import csv
+import io
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,8 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Int64
 
-from shared.errors import IncompatibleError
-from shared.images import find_sources
+from shared.errors import IncompatibleError, InputMissingError, UsageError
 from shared.region_images import flat_samples
 
 if TYPE_CHECKING:
@@ -35,15 +37,33 @@ def usable_samples(store: RegionStore, rows: str | None = None) -> Sequence[Samp
     return flat_samples(store.samples, store.grid, lambda sample: sample.row in kept)
 
 
-def listed_rows(store: RegionStore, images: Path) -> str:
-    """Rows of a store whose images are listed, as `tell_rows` tells them.
+def listed_rows(store: RegionStore, table: Path) -> str:
+    """Rows of a store whose samples a table names, as `tell_rows` tells them.
+
+    Args:
+        store: The region store.
+        table: CSV with the column ``sample_id``; others are passed over.
 
     Raises:
-        UsageError: None is.
+        InputMissingError: No such table, or it names samples that the store has no maps of.
+        UsageError: Not such a table.
     """
-    listed = {source.sample_id for source in find_sources(images)}
-    some = flat_samples(store.samples, store.grid, lambda sample: sample.sample_id in listed)
-    return tell_rows([sample.row for sample in some])
+    if not table.is_file():
+        raise InputMissingError(f"subset {table}: no such file", hint="a CSV with the column sample_id")
+    try:
+        reader = csv.DictReader(io.StringIO(table.read_text(encoding="utf-8-sig")))
+        listed = {unicodedata.normalize("NFC", row["sample_id"] or "") for row in reader}
+    except (KeyError, UnicodeDecodeError, csv.Error):
+        raise UsageError(f"subset {table}: not a CSV in UTF-8 with the column sample_id") from None
+    some = {sample.sample_id: sample.row for sample in usable_samples(store) if sample.sample_id in listed}
+    if missing := sorted(listed - some.keys()):
+        raise InputMissingError(
+            f"subset {table}: {len(missing)} of {len(listed)} samples have no maps in the region store, "
+            f"as {missing[0]!a}"
+        )
+    if not some:
+        raise UsageError(f"subset {table}: no rows under the header")
+    return tell_rows(list(some.values()))
 
 
 def tell_rows(rows: Sequence[int]) -> str:

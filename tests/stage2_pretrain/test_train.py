@@ -310,15 +310,13 @@ def test_masks_by_another_sample_s_maps_draw_again(whole: Artifact, corpus: Path
 
 
 def test_a_list_takes_a_part_of_a_store_and_its_masks_draw_again(whole: Artifact, corpus: Path, tmp_path: Path) -> None:
-    some = (0, 1, 2, 5, 7)  # 5 is quarantined
-    listed = corpus / "some.csv"
-    rows = "".join(f"images/{row:02}.png,{row:02}.png\n" for row in some)
-    listed.write_text("image,sample_id\n" + rows)
-    store = str(corpus / "regions")
-    made = pretrain(config(subset=True, policy="shuffled"), images=listed, regions=store, out=tmp_path / "out")
+    listed = tmp_path / "some.csv"
+    listed.write_text("group,sample_id\n" + "".join(f"g,{row:02}.png\n" for row in (7, 0, 1, 2)))
+    made = run(corpus, tmp_path / "out", subset=str(listed), policy="shuffled")
     spec = made.card.identity.spec
     assert (spec["rows"], made.card.identity.outputs["samples"]) == ("0-2,7", 4)
-    opened = open_region_store(store)
+    assert "subset" not in spec
+    opened = open_region_store(str(corpus / "regions"))
     found = redraw(opened, spec, made.path)
     assert (found.mismatches, found.draws) == ((), 4 * EPOCHS)
     masks = [redraw_one(opened, spec, made.path, f"{row:02}.png", epoch=-1, view=0) for row in (0, 7)]
@@ -327,11 +325,25 @@ def test_a_list_takes_a_part_of_a_store_and_its_masks_draw_again(whole: Artifact
     with pytest.raises(UsageError, match="took no part"):
         redraw_one(opened, spec, made.path, "03.png", epoch=-1, view=0)
     assert "rows" not in whole.card.identity.spec
-    with pytest.raises(InputMissingError, match="4 of 8 samples"):
-        pretrain(config(), images=listed, regions=store, out=tmp_path / "all")
-    listed.write_text("image,sample_id\nimages/00.png,another\n")
-    with pytest.raises(UsageError, match="is among the images"):
-        pretrain(config(subset=True), images=listed, regions=store, out=tmp_path / "none")
+    listed.rename(tmp_path / "moved.csv")
+    moved = str(tmp_path / "moved.csv")
+    assert run(corpus, tmp_path / "out", subset=moved, policy="shuffled").card == made.card  # it is the rows that count
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "message"),
+    [
+        (None, InputMissingError, "no such file"),
+        ("sample_id\n05.png\n00.png\n", InputMissingError, r"1 of 2 samples have no maps .*'05\.png'"),
+        ("name\n00.png\n", UsageError, "with the column sample_id"),
+        ("sample_id\n", UsageError, "no rows"),
+    ],
+)
+def test_a_list_that_cannot_be_taken_is_refused(text, error, message, corpus: Path, tmp_path: Path) -> None:
+    if text is not None:
+        (tmp_path / "some.csv").write_text(text)
+    with pytest.raises(error, match=message):
+        run(corpus, tmp_path / "out", subset=str(tmp_path / "some.csv"))
 
 
 def test_masks_drawn_on_the_device_of_the_encoder_are_the_same(
