@@ -9,6 +9,15 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first: of two processes, none is to begin a test of minutes when all else is done.
+
+    Whole files, so that what a file's tests share is made once.
+    """
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _salt(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Pseudonyms of this session come from a salt of its own; the user's is neither read nor made."""
