@@ -124,6 +124,13 @@ def refuse_file(path: Path) -> None:
         )
 
 
+def is_study(recipe: str) -> bool:
+    """Whether a recipe is one of `mwm run` on several corpora."""
+    from shared.config import read_yaml
+
+    return "corpora" in read_yaml(recipe_path(recipe))
+
+
 def recipe_path(name: str) -> Path:
     """The file of a built-in recipe, or the given path.
 

@@ -21,9 +21,11 @@ from pipelines.options import (
     Verbose,
     check_artifact,
     command_told,
+    is_study,
     print_json,
     read_config,
 )
+from shared.errors import UsageError
 
 
 def localize(
@@ -177,6 +179,10 @@ def run_(
 ) -> None:
     """Run a whole recipe: localize, pretrain, finetune, audit, report. 'mwm run tour' shows it all."""
     _refuse_torchrun("run")
+    if is_study(recipe):
+        if labels is not None:
+            raise UsageError("--labels: a study names the labels of each corpus in its recipe", hint="drop it")
+        return _study(recipe, out, images, set_, dry_run, fresh, as_json)
     from pipelines.chain import ChainConfig, run_chain
 
     config = read_config(ChainConfig, recipe, None, set_)
@@ -192,6 +198,37 @@ def run_(
     else:
         for line in summary.lines():
             typer.echo(line)
+
+
+def _study(
+    recipe: str,
+    out: Path | None,
+    images: Path | None,
+    set_: list[str] | None,
+    dry_run: bool,
+    fresh: bool,
+    as_json: bool,
+) -> None:
+    from pipelines.study_config import StudyConfig
+    from shared.errors import InputMissingError
+
+    config = read_config(StudyConfig, recipe, None, set_)
+    out = out or Path("runs") / Path(recipe).stem
+    if images is None or not images.is_dir():
+        told = "not given" if images is None else f"{images}: no such folder"
+        raise InputMissingError(f"--images: {told}", hint="the folder that holds the lists and labels of the study")
+    if dry_run:
+        from pipelines.dry_run import tell
+        from pipelines.study_forecast import rehearse_study
+
+        return tell(config, rehearse_study(config, out=out, images=images), as_json)
+    from pipelines.study import run_study
+
+    _published(out, fresh)
+    made = run_study(config, out=out, images=images, fresh=fresh, command=command_told())
+    _close(made.path, made.card, False, as_json, f"open {made.path / 'report.html'}")
+    for claim, said in [] if as_json else made.card.provenance.metrics["claims"].items():
+        typer.echo(f"{claim}: {said}")
 
 
 def _refuse_torchrun(what: str) -> None:

@@ -23,6 +23,7 @@ import yaml
 from pipelines.study_config import StudyConfig
 from pipelines.study_plan import Corpus, Run, fold_folder, fold_rows, plan, read_corpus, targets_of, write_fold
 from shared.artifact import CARD, Artifact, write_atomic
+from shared.backbones import resolve_options
 from shared.config import dump_yaml
 from shared.config import spec as config_spec
 from shared.errors import InterruptedRun, MwmError
@@ -185,28 +186,48 @@ def _stores(config: StudyConfig, corpus: Corpus, images: Path, out: Path, childr
     return found
 
 
-def _steps(config: StudyConfig, run: Run, out: Path, images: Path, stores: dict[str, str]) -> list[Step]:
-    """The commands of one run: an encoder, then a model for each endpoint."""
-    arm, fold, folder = config.arms[run.arm], fold_folder(out, run.corpus, run.round, run.fold), run.folder(out)
-    steps = []
+def run_settings(config: StudyConfig, run: Run, fold: Path) -> dict[str, PretrainConfig | FinetuneConfig]:
+    """Settings of a run, by ``pretrain`` and endpoint: the study's own, the arm's over them, and the run's seed.
+
+    Args:
+        config: The study.
+        run: One arm on one fold.
+        fold: Folder of the fold's lists.
+    """
+    arm = config.arms[run.arm]
+    found: dict[str, PretrainConfig | FinetuneConfig] = {}
     if arm.pretrain is not None:
         own = {"seed": run.seed(config), "subset": str((fold / "train.csv").resolve())}
         settings = {**config.pretrain.model_dump(mode="json"), **arm.pretrain, **own}
-        recipe = _recipe(folder / "pretrain.yaml", "pretrain", PretrainConfig.model_validate(settings))
-        places = ("--images", str(images), "--regions", stores[arm.store])
-        steps.append(Step(folder / "encoder", ("pretrain", recipe, *places, "--out", str(folder / "encoder"))))
+        found["pretrain"] = PretrainConfig.model_validate(settings)
     for name, endpoint in config.corpora[run.corpus].endpoints.items():
         if arm.pretrain is None and not endpoint.scratch:
             continue
         settings = {**config.finetune.model_dump(mode="json"), **endpoint.finetune, "seed": run.seed(config)}
         if arm.pretrain is None:
-            base = {**config.pretrain.model_dump(mode="json")}
-            settings |= {key: base[key] for key in ("backbone", "channels")}
-            settings["backbone_options"] = {} if base["backbone_options"] == "auto" else base["backbone_options"]
-        recipe = _recipe(folder / f"{name}.yaml", "finetune", FinetuneConfig.model_validate(settings))
-        places = ("--images", str(images), "--labels", str(fold / "labels.csv"))
-        encoder = () if arm.pretrain is None else ("--encoder", str(folder / "encoder"))
-        steps.append(Step(folder / name, ("finetune", recipe, *places, *encoder, "--out", str(folder / name))))
+            settings |= {
+                "backbone": config.pretrain.backbone,
+                "backbone_options": resolve_options(config.pretrain.backbone, config.pretrain.backbone_options),
+                "channels": config.pretrain.channels,
+            }
+        found[name] = FinetuneConfig.model_validate(settings)
+    return found
+
+
+def _steps(config: StudyConfig, run: Run, out: Path, images: Path, stores: dict[str, str]) -> list[Step]:
+    """The commands of one run: an encoder, then a model for each endpoint."""
+    arm, fold, folder = config.arms[run.arm], fold_folder(out, run.corpus, run.round, run.fold), run.folder(out)
+    steps = []
+    for name, settings in run_settings(config, run, fold).items():
+        stage, made = ("pretrain", "encoder") if name == "pretrain" else ("finetune", name)
+        places = ["--images", str(images), "--out", str(folder / made)]
+        if stage == "pretrain":
+            places += ["--regions", stores[arm.store]]
+        else:
+            places += ["--labels", str(fold / "labels.csv")]
+            places += [] if arm.pretrain is None else ["--encoder", str(folder / "encoder")]
+        recipe = _recipe(folder / f"{name}.yaml", stage, settings)
+        steps.append(Step(folder / made, (stage, recipe, *places)))
     return steps
 
 

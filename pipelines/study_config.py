@@ -74,6 +74,16 @@ class StudyConfig(Strict):
     val_milli: int = Field(
         150, ge=0, le=500, description="Share of val among the groups outside of the tested fold, in thousandths."
     )
+    pilot_spread_milli: int = Field(
+        250,
+        ge=1,
+        le=1000,
+        description="How much a score varies over single groups (standard deviation), in "
+        "thousandths, as a pilot gave it: what the study can show is told before it runs.",
+    )
+    pilot_correlation_milli: int = Field(
+        700, ge=0, le=999, description="Correlation of two arms' scores over groups, assumed, in thousandths."
+    )
     resamples: int = Field(2000, ge=100, le=100_000, description="Bootstrap resamples of groups.")
     seed: int = Field(
         0, ge=0, lt=2**31, description="Seed of the folds; a run's own seed is this + round * folds + fold."
