@@ -61,7 +61,7 @@ def _corpus(config: StudyConfig, corpus: Corpus, out: Path, images: Path) -> For
             run = Run(corpus.name, 0, 0, first)
             tried["pretrain"] = _pretrain(config, run, corpus, store, count and training, folder)
         for name in settings.endpoints:
-            run = Run(corpus.name, 0, 0, next(iter(arms)))
+            run = Run(corpus.name, 0, 0, first or next(iter(arms)))
             tried[name] = _finetune(config, run, name, corpus, folder)
     seconds = tried["localize"].seconds if "localize" in tried else 0.0
     left = {name: 0 for name in tried}

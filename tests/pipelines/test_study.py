@@ -1,0 +1,226 @@
+"""A study from the command line to its page: folds that keep groups whole, runs that continue, nothing hidden."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from pipelines.study_config import StudyConfig
+from pipelines.study_plan import fold_rows, plan, read_corpus, targets_of
+from shared.artifact import read_card
+from shared.config import validate
+from shared.errors import ConfigError
+from stage3_finetune.predictions import ClassPredictions
+
+ROOT = Path(__file__).parents[2]
+GROUPS = 12
+RECIPE = {
+    "corpora": {
+        "discs": {
+            "images": "discs.csv",
+            "labels": "labels.csv",
+            "regions": {"disc": "disc"},
+            "endpoints": {
+                "full": {},
+                "probe": {"finetune": {"freeze": True}, "scratch": False},
+            },
+        }
+    },
+    "arms": {
+        "scratch": {},
+        "uniform": {"pretrain": {"policy": {"name": "uniform", "hide": 400}}},
+    },
+    "claims": [
+        {"text": "pretraining helps", "corpus": "discs", "endpoint": "full", "score": "accuracy", "arm": "uniform",
+         "than": "scratch", "milli": 31},
+    ],
+    "localize": {"grounder": "contrast", "segmenter": "boxfill", "grid_px": 64},
+    "pretrain": {"method": {"name": "spark", "decoder_width": 32}, "backbone": "test_resnet", "backbone_options": {},
+                 "size_px": 64, "epochs": 1, "warmup_epochs": 0, "batch_size": 16, "threads": 1, "pictures": 0},
+    "finetune": {"size_px": 64, "epochs": 1, "warmup_epochs": 0, "batch_size": 16, "threads": 1, "resamples": 100},
+    "folds": 2,
+    "resamples": 100,
+    "jobs": 2,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two images a group; what a disc's size is, is the class."""
+    folder = tmp_path_factory.mktemp("study") / "data"
+    (folder / "images").mkdir(parents=True)
+    noise = np.random.default_rng(0)
+    images, labels = ["image,sample_id,group"], ["sample_id,label,group"]
+    for group in range(GROUPS):
+        for number in range(2):
+            name, label = f"{group:02d}-{number}.png", "ab"[group % 2]
+            y, x = np.mgrid[:48, :48]
+            disc = np.hypot(y - 24, x - 20 - number) < (6, 12)[group % 2]
+            pixels = 60 + noise.normal(0, 10, (48, 48)) + 120 * disc
+            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / "images" / name)
+            images.append(f"images/{name},{name},g{group}")
+            labels.append(f"{name},{label},g{group}")
+    (folder / "discs.csv").write_text("\n".join(images) + "\n")
+    (folder / "labels.csv").write_text("\n".join(labels) + "\n")
+    return folder
+
+
+def recipe(folder: Path, **changes: object) -> Path:
+    path = folder / "study.yaml"
+    path.write_text(yaml.safe_dump({**RECIPE, **changes}))
+    return path
+
+
+def command(recipe: Path, data: Path, out: Path, *more: str) -> list[str]:
+    return [sys.executable, "-m", "pipelines", "run", str(recipe), "--images", str(data), "--out", str(out), *more]
+
+
+@pytest.mark.slow
+def test_a_study_is_stopped_continued_published_and_audited(data: Path, tmp_path: Path) -> None:
+    out, environment = tmp_path / "out", {**os.environ, "OMP_NUM_THREADS": "1"}
+    told = command(recipe(tmp_path), data, out)
+    first = subprocess.Popen(told, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    begun = out / "discs/round-0/fold-0"
+    while not (done := list(begun.glob("*/full/artifact.json"))) and first.poll() is None:
+        time.sleep(0.2)
+    first.send_signal(signal.SIGTERM)
+    _, said = first.communicate()
+    assert first.returncode == 75, said
+    assert done
+    stamps = {path: path.stat().st_mtime_ns for path in out.rglob("artifact.json")}
+    again = subprocess.run(told, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+    assert "pretraining helps: " in again.stdout
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items() if "/study/" not in str(path))
+
+    card = read_card(out / "study", "study")
+    assert (card.identity.outputs["runs"], card.identity.outputs["of"]) == (4, 4)
+    models = [item for item in card.identity.inputs if item.kind == "model"]
+    assert len(models) == 2 * 3  # a probe means nothing from scratch
+    body = json.loads((out / "study/study.json").read_text())
+    assert body["open"] == []
+    tables = {table["endpoint"]: table for table in body["tables"]}
+    assert tables["full"]["arms"] == ["scratch", "uniform"]
+    assert tables["full"]["scores"]["accuracy"]["images"] == 2 * GROUPS
+
+    # The number on the page is that of the predictions, each image once.
+    rows = [
+        ClassPredictions.load(out / f"discs/round-0/fold-{fold}/uniform/full/predictions.csv").part("test")
+        for fold in (0, 1)
+    ]
+    joined = ClassPredictions.join(rows)
+    assert sorted(row.sample_id for row in joined.examples) == sorted(path.name for path in (data / "images").iterdir())
+    accuracy = float((joined.probability.argmax(1) == joined.label).mean())
+    assert tables["full"]["scores"]["accuracy"]["scores"]["uniform"][0] == pytest.approx(accuracy)
+
+    # Pretraining saw the training groups alone.
+    for fold in (0, 1):
+        with (out / f"discs/round-0/fold-{fold}/labels.csv").open() as file:
+            parts = {row["sample_id"]: row["split"] for row in csv.DictReader(file)}
+        encoder = read_card(out / f"discs/round-0/fold-{fold}/uniform/encoder", "encoder")
+        assert encoder.identity.outputs["samples"] == sum(part == "train" for part in parts.values())
+
+    report = (out / "study/report.html").read_text()
+    assert "Not for diagnosis" in report
+    assert "would not be told from none" in report
+    audited = subprocess.run(
+        [sys.executable, "-m", "pipelines", "audit", str(out), "--level", "masks"],
+        cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert audited.returncode == 0, audited.stdout
+    assert "study" in audited.stdout
+
+    other = recipe(tmp_path, finetune={**RECIPE["finetune"], "lr": 0.01})
+    refused = subprocess.run(command(other, data, out), cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert "spec.config.finetune.lr" in refused.stderr
+
+
+def config(**changes: object) -> StudyConfig:
+    return validate(StudyConfig, {**RECIPE, **changes})
+
+
+def test_folds_keep_groups_whole_and_test_each_image_once(data: Path) -> None:
+    study = config(folds=3)
+    corpus = read_corpus(study, "discs", data)
+    targets = targets_of(study, "discs", corpus.labels)
+    tested: list[str] = []
+    for fold in range(3):
+        rows = fold_rows(corpus, targets, study, 0, fold)
+        parts = {part: {row.group for row in rows if row.split == part} for part in ("train", "val", "test")}
+        assert all(parts.values())
+        assert not parts["train"] & parts["val"]
+        assert not (parts["train"] | parts["val"]) & parts["test"]
+        assert {row.label for row in rows if row.split == "test"} == {"a", "b"}
+        tested += [row.sample_id for row in rows if row.split == "test"]
+        assert fold_rows(corpus, targets, study, 0, fold) == rows
+    assert sorted(tested) == sorted(row.sample_id for row in corpus.examples)
+    assert fold_rows(corpus, targets, study, 1, 0) != fold_rows(corpus, targets, study, 0, 0)
+
+
+def test_whole_folds_come_first() -> None:
+    runs = plan(config(rounds=2))
+    assert [(run.round, run.fold, run.arm) for run in runs][:3] == [
+        (0, 0, "scratch"), (0, 0, "uniform"), (0, 1, "scratch"),
+    ]  # fmt: skip
+    assert len({run.seed(config(rounds=2)) for run in runs}) == 4
+    assert len({run.seed(config()) for run in runs if (run.round, run.fold) == (0, 0)}) == 1  # alike in all arms
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("sample_id,label\n00-0.png,a\n01-0.png,b\n", "not every row has a group"),
+        ("sample_id,label,group,split\n00-0.png,a,g0,train\n01-0.png,b,g1,test\n", "parts of their own"),
+        ("sample_id,label,group\n00-0.png,a,g0\n00-1.png,a,g0\n01-0.png,b,g1\n", "fewer than 2 folds"),
+        ("sample_id,label,group\n00-0.png,a,g0\n99.png,b,g1\n", "not among the images"),
+    ],
+)
+def test_labels_that_cannot_be_cut_into_folds_are_refused(data: Path, tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "labels.csv").write_text(text)
+    listed = [line.rpartition(",")[0] for line in (data / "discs.csv").read_text().splitlines()]
+    (tmp_path / "discs.csv").write_text("\n".join(listed) + "\n")
+    (tmp_path / "images").symlink_to(data / "images")
+    study = config()
+    with pytest.raises(ConfigError, match=message):
+        corpus = read_corpus(study, "discs", tmp_path)
+        fold_rows(corpus, targets_of(study, "discs", corpus.labels), study, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"arms": {"scratch": {}}}, "arms"),
+        ({"arms": {**RECIPE["arms"], "oracle": {"pretrain": {}, "store": "oracle"}}}, "no outlines for oracle"),
+        ({"claims": [{**RECIPE["claims"][0], "arm": "none"}]}, "no arm 'none'"),
+        ({"claims": [{**RECIPE["claims"][0], "endpoint": "none"}]}, "has no 'none'"),
+        ({"folds": 1}, "folds"),
+    ],
+)
+def test_studies_that_do_not_hold_together_are_refused(changes: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        config(**changes)
+
+
+def test_the_dry_run_says_the_hours_and_what_can_be_shown(data: Path, tmp_path: Path, mwm) -> None:
+    code, out, err = mwm("run", str(recipe(tmp_path)), "--images", str(data), "--out", str(tmp_path / "o"), "--dry-run")
+    assert code == 0, err
+    assert "folds: 2" in out
+    assert "2 x pretrain of" in err
+    assert "4 x full of" in err
+    assert "2 x probe of" in err
+    assert f"smallest difference that {GROUPS} groups could show" in err
+    assert not (tmp_path / "o").exists()
+    code, _, err = mwm("run", str(recipe(tmp_path)), "--out", str(tmp_path / "o"))
+    assert (code, "--images: not given" in err) == (2, True)
+    code, _, err = mwm("run", str(recipe(tmp_path)), "--images", str(data), "--labels", "x.csv")
+    assert (code, "names the labels of each corpus" in err) == (2, True)
