@@ -101,6 +101,7 @@ def test_a_head_without_a_set_refuses_the_set_s_words(few, tmp_path):
     card = lite_data.first_card(tmp_path / "lite.safetensors", fitted, 1, settings, left)
     assert set(card.data) == set(settings.mix)
     assert card.fit["left_out"]["sets"] == ["br35h"]
+    assert {"brain mass", "brain lesion"} <= set(card.foreign), "else they pass for 'brain'"
     publish_head(tmp_path / "head", card, state, left)
     head = open_head(str(tmp_path / "head"))
     assert all(torch.equal(head.network.state_dict()[name], tensor) for name, tensor in state.items())
