@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -27,17 +27,20 @@ TISSUE_MIN_PX = 30
 """A slice with fewer pixels (mm2) of a tissue neither has nor lacks it."""
 
 
-def pictures(data: Path, split: str) -> Iterator[Picture]:
+def pictures(
+    data: Path, split: str, keeps: Callable[[str, str], bool] = lambda source, group: True
+) -> Iterator[Picture]:
     """The labelled images of one split of the three sets.
 
     Args:
         data: Folder with ``manifest.csv``.
         split: ``train`` or ``val``.
+        keeps: Whether an image of this set and group is wanted; others are not even read.
     """
     readers = {"br35h": _tumour, "cxrlung": _chest, "bccd": _blood}
     with (data / "manifest.csv").open(newline="", encoding="utf-8") as table:
         for row in csv.DictReader(table):
-            if row["set"] in SETS and row["split"] == split:
+            if row["set"] in SETS and row["split"] == split and keeps(row["set"], row["group"]):
                 yield readers[row["set"]](data / row["image"], data / row["target"], row["group"])
 
 

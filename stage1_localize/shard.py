@@ -2,7 +2,8 @@
 
 Beside the journal lies ``shard-K.state``: which rows are being tried, so that the next attempt, in this run or
 in the next, knows what a process died of. After a death its micro-batch is tried row by row; a row whose own
-trial died three times is quarantined as ``worker_killed``. Once is no proof: ``kill -9`` looks the same.
+trial died three times is quarantined as ``worker_killed``. Once is no proof: ``kill -9`` looks the same. A death that
+took the whole run with it proves less still: somebody may kill a run again and again. It takes twelve of those.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ STOP = "run/stop"
 """A file with the token of a run that has been asked to stop; workers look for it between micro-batches."""
 
 _LOCK_WAIT_S = 120.0
-_DEATHS_MAX = 3
+_SEEN, _WITH_ITS_RUN = 4, 1
+"""Weight of a worker's death that its run lived to see, and of one that ended the run too."""
+_DEATHS_MAX = 3 * _SEEN
 _STANDSTILLS_MAX = 3
 
 
@@ -75,7 +78,7 @@ class ShardState:
         trying: Rows whose computation has begun; empty between micro-batches.
         alone: The rows of ``trying`` are being tried one by one.
         cleared: Rows of this micro-batch that survived their own trial.
-        died: Row, or ``together``, of this micro-batch -> trials that ended without a word.
+        died: Row, or ``together``, of this micro-batch -> weight of the trials that ended without a word.
         done: Rows in the journal.
         quarantined: Those of them that failed, as far as this attempt has seen.
     """
@@ -258,7 +261,8 @@ class _Work:
         if died_of and last.alone:
             # All cleared alone, yet dead together: none of them can be told apart.
             trial = "together" if set(died_of) <= set(last.cleared) else str(died_of[0])
-            last.died[trial] = last.died.get(trial, 0) + 1
+            weight = _SEEN if last.token == self.task.token else _WITH_ITS_RUN
+            last.died[trial] = last.died.get(trial, 0) + weight
             if last.died[trial] >= _DEATHS_MAX:
                 for row in died_of:
                     message = f"{self._source(row).sample_id}: the process died each time this image was tried"

@@ -66,7 +66,7 @@ if [ "$code" = 75 ] && [ -n "${SLURM_JOB_ID:-}" ]; then
     if [ -n "$told" ] || [ "$(finished)" != "$before" ]; then
         scontrol requeue "$SLURM_JOB_ID" # the same command continues
     else # a disk that is full, workers without memory: once more would end the same
-        echo "not queued again: nothing was finished this time, and mwm says above why" >&2
+        echo "not queued again: nothing was finished this time, and it says above why" >&2
     fi
 fi
 exit "$code"

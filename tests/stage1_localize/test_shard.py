@@ -136,8 +136,23 @@ def test_dying_before_an_image_is_tried_is_no_death_of_it(tmp_path: Path, monkey
             patch.setattr(shard._Work, "_parts", lambda self: (_ for _ in ()).throw(Killed))
             with pytest.raises(Killed):
                 run_shard(task)
-    assert read_state(Path(task.folder), 0).died == {"5": 1}
+    assert read_state(Path(task.folder), 0).died == {"5": 4}
     assert run_shard(task)["quarantined"] == 0
+
+
+def test_a_run_killed_again_and_again_costs_no_image_until_it_can_be_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = make_task(tmp_path)
+    runs = [replace(task, token=f"run {number}") for number in range(14)]
+    assert all(attempt(run, {5}, monkeypatch) is None for run in runs[:9])
+    rest = make_task(tmp_path / "rest")
+    assert all(attempt(replace(rest, token=run.token), {5}, monkeypatch) is None for run in runs[:9])
+    assert run_shard(replace(rest, token="let live"))["quarantined"] == 0
+    assert all(attempt(run, {5}, monkeypatch) is None for run in runs[9:13])
+    done = attempt(runs[13], {5}, monkeypatch)  # or an image that takes the machine down would be tried for ever
+    assert done is not None
+    assert quarantined(task) == {5: "worker_killed"}
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
