@@ -219,6 +219,7 @@ def prepare(config: FinetuneConfig, *, images: Path, labels: Path, encoder: str 
         fraction_milli=config.fraction_milli,
         seed=config.seed,
     )
+    options = getattr(targets, "options", options)
     start = start_from(config, encoder)
     config = _resolve(config, start, options.model_dump())
     sha256, images_sha256 = digest_images(sources, table.examples)
