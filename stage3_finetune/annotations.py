@@ -114,9 +114,9 @@ def read_indices(path: Path) -> Annotated:
         raise FaultyFile(f"not a PNG that can be read: {type(error).__name__}") from None
     found = [int(value) for value in np.unique(index) if value]
     if found and (found[0] < 0 or (_FULL in found and len(found) < _FULL // 2)):
+        shown = ", ".join(map(str, found[:_FAULTS_MAX]))
         raise FaultyFile(
-            f"values {', '.join(map(str, found[:_FAULTS_MAX]))} look like a mask of classes; expected instance indices: "
-            "0 for background, 1, 2, 3 ... for things"
+            f"values {shown} look like a mask of classes; expected 0 for background, 1, 2, 3 ... for things"
         )
     things = []
     for value in found:

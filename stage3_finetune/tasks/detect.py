@@ -38,8 +38,8 @@ _ASPECTS = (0.5, 1.0, 2.0)
 _LARGEST_ANCHOR = 0.5
 """Side of the coarsest level's anchors as a share of the image's; each finer level's are half as large."""
 _PRIOR = 0.02
-"""Probability of a thing that an untrained model gives a proposal (Lin 2017, focal loss): below ``score_milli``, so that
-predictions of the first epochs are few and cheap."""
+"""Probability of a thing that an untrained model gives a proposal (Lin 2017, focal loss): below ``score_milli``, so
+that predictions of the first epochs are few and cheap."""
 _BOX_CELLS, _MASK_CELLS = 7, 14
 
 
