@@ -83,6 +83,6 @@ class FinetuneConfig(Strict):
             raise ValueError(
                 f"warmup_epochs must be below epochs, and is {self.warmup_epochs} of {self.epochs}: set it lower too"
             )
-        if self.classes is not None and (len(set(self.classes)) != len(self.classes) or len(self.classes) < 2):
-            raise ValueError("classes must be at least two different names")
+        if self.classes is not None and (len(set(self.classes)) != len(self.classes) or not self.classes):
+            raise ValueError("classes must be different names, at least one")
         return self

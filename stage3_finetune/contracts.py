@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Literal, Protocol, Self
 
 import numpy as np
 from jaxtyping import Float, Float32, Int64
@@ -64,6 +64,7 @@ class Batch:
         sample_ids: Who they are.
         truth: What the labels say of each image, in the frame of the image as it was read.
         sizes_px: Height and width of each image as it was read.
+        spacing_mm: Rows and columns' spacing of each image, None where its file does not tell; empty: not known.
     """
 
     image: Float32[Tensor, "B C S S"]
@@ -71,10 +72,15 @@ class Batch:
     sample_ids: tuple[str, ...]
     truth: tuple[Any, ...]
     sizes_px: tuple[tuple[int, int], ...]
+    spacing_mm: tuple[tuple[float, float] | None, ...] = ()
 
 
 class Targets(Protocol):
-    """The labels of a task; made of the path that ``--labels`` names. Goes to loader processes."""
+    """The labels of a task. Goes to loader processes.
+
+    Constructed as ``Targets(path, options=..., sources=...)``: what ``--labels`` names, the task's settings, and where
+    each image is. One that has ``options`` after reading has decided there what was ``auto`` in the settings.
+    """
 
     def read(
         self, known: Mapping[str, str | None], names: Mapping[str, str] | None = None
@@ -178,6 +184,10 @@ class Predictions(Protocol):
         """How good they are (the greater tuple is the better model), and scalars to log, without intervals."""
         ...
 
+    def pictures(self, read: Callable[[str], Float32[np.ndarray, "C H W"]]) -> list[Section]:
+        """What the report shows of single images; ``read`` gives the pixels of a sample as they were read."""
+        ...
+
 
 Answers = Predictions
 """Inside `Task`, whose attribute has the same name."""
@@ -191,8 +201,14 @@ class Task(Protocol):
     Attributes:
         Options: Its settings.
         version: Raised when equal inputs and settings give other results.
-        Targets: Its labels, made of a path.
+        Targets: Its labels.
         Predictions: What it says.
+        kind: What an answer of `predict` is: ``probability``, float32 [K] over the classes; ``labels``, with a
+            ``label`` uint8 [H, W] in the frame of the image as it was read, 0 for background and k + 1 for class k;
+            ``instances``, with ``box_xyxy_px`` [n, 4] in that frame, half-open, ``score`` [n], ``label`` [n] (class k
+            as k), and perhaps ``runs``, n lists of COCO run lengths.
+        classes: Names in order.
+        preprocessing: Of its input.
         model: Everything that is trained or kept.
         head: Names of the tensors in the model's state dict that the encoder did not bring.
     """
@@ -201,6 +217,9 @@ class Task(Protocol):
     version: ClassVar[int]
     Targets: ClassVar[type[Any]]
     Predictions: ClassVar[type[Any]]
+    kind: ClassVar[Literal["probability", "labels", "instances"]]
+    classes: tuple[str, ...]
+    preprocessing: Preprocessing
     model: nn.Module
     head: tuple[str, ...]
 
@@ -222,4 +241,13 @@ class Task(Protocol):
 
     def export(self, folder: Path) -> None:
         """Write ``config.json`` and ``model.safetensors``, which others load."""
+        ...
+
+    @classmethod
+    def restore(cls, folder: Path) -> Self:
+        """What `export` wrote, ready to predict.
+
+        Raises:
+            CorruptError: A file is missing or unreadable, or a tensor is missing, unknown or of another shape.
+        """
         ...

@@ -7,6 +7,7 @@ on whether the run was interrupted.
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from math import isqrt
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from torch.nn.functional import interpolate
 from shared.artifact import file_sha256
 from shared.config import digest
 from shared.errors import CorruptError, DecodeError, InputMissingError
-from shared.images import Source, read_image
+from shared.images import Image, Source, read_image
 from shared.loader import load_ahead
 from shared.rng import below, uniform_u32
 from stage3_finetune.config import AugmentConfig
@@ -77,6 +78,15 @@ def also_in_train(examples: Sequence[Example], sha256: Mapping[str, str]) -> lis
     return lines
 
 
+@dataclass(frozen=True)
+class Working:
+    """A copy of an image that may be smaller; its size and the spacing of its rows and columns as it was read."""
+
+    pixels: Float32[np.ndarray, "C h w"]
+    size_px: tuple[int, int]
+    spacing_mm: tuple[float, float] | None
+
+
 class Part:
     """One part of the table with its images; batches of it, epoch after epoch.
 
@@ -111,7 +121,7 @@ class Part:
         self._classes, self._targets = tuple(classes), targets
         self._sources, self._sha256 = sources, sha256
         self._size_px, self._channels, self._augment, self._seed = size_px, channels, augment, seed
-        self._cache: dict[int, tuple[Float32[np.ndarray, "C h w"], tuple[int, int]]] = {}
+        self._cache: dict[int, Working] = {}
         self._room = cache_bytes
 
     def __len__(self) -> int:
@@ -120,23 +130,24 @@ class Part:
     @property
     def bytes_an_image(self) -> float:
         """Mean size of the working copies that are kept so far; 0 before any."""
-        return sum(pixels.nbytes for pixels, _ in self._cache.values()) / max(1, len(self._cache))
+        return sum(copy.pixels.nbytes for copy in self._cache.values()) / max(1, len(self._cache))
 
-    def item(self, index: int, epoch: int) -> tuple[Float32[torch.Tensor, "C S S"], Any, Any, tuple[int, int]]:
-        """One image, augmented for this epoch if the part is; its placed target, its truth, and its size as read.
+    def item(self, index: int, epoch: int) -> tuple[Float32[torch.Tensor, "C S S"], Any, Any, Working]:
+        """One image, augmented for this epoch if the part is; its placed target, its truth, and its working copy.
 
         Raises:
             DecodeError: It cannot be decoded; names the sample.
             CorruptError: The file changed since the run started.
         """
         example, view = self.examples[index], WHOLE
-        pixels, size_px = self._working_copy(index)
+        copy = self._working_copy(index)
+        pixels = copy.pixels
         if self._augment is not None:
             words = uniform_u32("finetune/augment", self._seed, example.sample_id, epoch, 6)
             pixels, view = augment_image(pixels, self._augment, words)
-        truth = self._targets.load(example, self._classes, size_px)
+        truth = self._targets.load(example, self._classes, copy.size_px)
         placed = self._targets.place(truth, view, self._size_px)
-        return _resize(pixels, (self._size_px, self._size_px)), placed, truth, size_px
+        return squash(pixels, self._size_px), placed, truth, copy
 
     def batches(self, order: Iterable[tuple[int, list[int]]], *, workers: int = 0) -> Generator[Batch, None, None]:
         """Hand out batches, made ahead of the caller.
@@ -154,12 +165,12 @@ class Part:
     def make(self, task: tuple[int, list[int]]) -> Batch:
         """Load a batch given as ``(epoch, indices)``."""
         epoch, indices = task
-        images, placed, truth, sizes = zip(*(self.item(index, epoch) for index in indices), strict=True)
+        images, placed, truth, copies = zip(*(self.item(index, epoch) for index in indices), strict=True)
         sample_ids = tuple(self.examples[index].sample_id for index in indices)
-        return Batch(torch.stack(images), self._targets.collate(placed), sample_ids, truth, sizes)
+        sizes, spacing = tuple(copy.size_px for copy in copies), tuple(copy.spacing_mm for copy in copies)
+        return Batch(torch.stack(images), self._targets.collate(placed), sample_ids, truth, sizes, spacing)
 
-    def _working_copy(self, index: int) -> tuple[Float32[np.ndarray, "C h w"], tuple[int, int]]:
-        """The pixels, and height and width of the image as it was read."""
+    def _working_copy(self, index: int) -> Working:
         if index in self._cache:
             return self._cache[index]
         sample_id = self.examples[index].sample_id
@@ -170,16 +181,27 @@ class Part:
             raise DecodeError(f"sample {sample_id!a}: {error.message}", reason=error.reason, hint=hint) from None
         if image.source_sha256 != self._sha256[sample_id]:
             raise CorruptError(f"sample {sample_id!a}: its file changed while the run was going on")
-        pixels = convert_channels(image.pixels, self._channels)
-        height, width = pixels.shape[1:]
-        most = WORKING_SIDES * self._size_px
-        if max(height, width) > most:
-            scaled = (max(1, height * most // max(height, width)), max(1, width * most // max(height, width)))
-            pixels = _resize(pixels, scaled).numpy()
-        if pixels.nbytes <= self._room:
-            self._room -= pixels.nbytes
-            self._cache[index] = pixels, (height, width)
-        return pixels, (height, width)
+        copy = work_on(image, self._channels, self._size_px)
+        if copy.pixels.nbytes <= self._room:
+            self._room -= copy.pixels.nbytes
+            self._cache[index] = copy
+        return copy
+
+
+def work_on(image: Image, channels: int, size_px: int) -> Working:
+    """The copy of an image that windows are cut from: of these channels, and no larger than they can use."""
+    pixels = convert_channels(image.pixels, channels)
+    height, width = pixels.shape[1:]
+    most = WORKING_SIDES * size_px
+    if max(height, width) > most:
+        scaled = (max(1, height * most // max(height, width)), max(1, width * most // max(height, width)))
+        pixels = _resize(pixels, scaled).numpy()
+    return Working(pixels, (height, width), image.spacing_mm)
+
+
+def squash(pixels: Float32[np.ndarray, "C h w"], size_px: int) -> Float32[torch.Tensor, "C S S"]:
+    """An image, or a window of it, as the model sees it."""
+    return _resize(pixels, (size_px, size_px))
 
 
 def plain_order(count: int, batch_size: int) -> list[tuple[int, list[int]]]:

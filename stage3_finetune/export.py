@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from shared.artifact import write_atomic
 from shared.backbones import CONFIG, WEIGHTS
+from shared.errors import CorruptError, MwmError
 
 
 @dataclass(frozen=True)
@@ -50,9 +52,6 @@ def export_model(
         classes: Names in the order of the outputs; timm hands them on as ``label_names``.
         preprocessing: Stored in timm's terms.
     """
-    from safetensors.torch import save
-
-    folder.mkdir(parents=True, exist_ok=True)
     timm_model: Any = model
     side = preprocessing.size_px
     config = {
@@ -74,6 +73,57 @@ def export_model(
             "classifier": timm_model.pretrained_cfg.get("classifier"),
         },
     }
+    write_model(model, folder, config)
+
+
+def write_model(model: nn.Module, folder: Path, config: Mapping[str, Any]) -> None:
+    """Write a configuration and every tensor, as they are, on any device; the folder is created if absent."""
+    from safetensors.torch import save
+
+    folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / CONFIG, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
     state = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
     write_atomic(folder / WEIGHTS, save(state, metadata={"format": "pt"}))
+
+
+def read_model(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What `write_model` wrote.
+
+    Raises:
+        CorruptError: A file is missing or unreadable.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    with told_as_corrupt(folder):
+        try:
+            return json.loads((folder / CONFIG).read_bytes()), load((folder / WEIGHTS).read_bytes())
+        except (OSError, RecursionError, SafetensorError) as error:
+            raise CorruptError(f"{folder.name}: {type(error).__name__}: {error}") from None
+
+
+def take_weights(model: nn.Module, state: Mapping[str, Tensor], folder: Path) -> None:
+    """Put stored tensors into a model, every one of them, and set it to predict.
+
+    Raises:
+        CorruptError: A tensor is missing, unknown or of another shape.
+    """
+    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    found = {name: tuple(value.shape) for name, value in state.items()}
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            shapes = f"shape {found.get(name, 'absent')}, expected {expected.get(name, 'absent')}"
+            raise CorruptError(f"{folder.name}: tensor {name}: {shapes}")
+    model.load_state_dict(state)
+    model.eval()
+
+
+@contextmanager
+def told_as_corrupt(folder: Path) -> Iterator[None]:
+    """Turn what a configuration lacks, or has in another form, into the error that says so."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, MwmError):
+            raise
+        raise CorruptError(f"{folder.name}: {CONFIG}: {type(error).__name__}: {error}") from None

@@ -59,14 +59,25 @@ def bootstrap(
     Returns:
         The interval (no ends with fewer than two groups), and how many resamples had no value.
     """
+    return bootstrap_many(lambda weight: measure(weight)[:, None], group, seed=seed, resamples=resamples)[0]
+
+
+def bootstrap_many(
+    measure: Callable[[Int64[np.ndarray, "R N"]], Float[np.ndarray, "R M"]],
+    group: Sequence[str],
+    *,
+    seed: int,
+    resamples: int,
+) -> list[tuple[Interval, int]]:
+    """`bootstrap` of M scores that are measured together."""
     names, membership = np.unique(np.asarray(group, dtype=np.str_), return_inverse=True)
-    value = measure(np.ones((1, len(group)), np.int64))[0]
+    values = measure(np.ones((1, len(group)), np.int64))[0]
     if len(names) < 2:
-        return _interval(value, np.empty(0))
+        return [_interval(value, np.empty(0)) for value in values]
     drawn = draw_groups(len(names), resamples, seed)
     step = max(1, _CHUNK // len(group))
-    parts = [measure(drawn[i : i + step][:, membership]) for i in range(0, len(drawn), step)]
-    return _interval(value, np.concatenate(parts))
+    found = np.concatenate([measure(drawn[i : i + step][:, membership]) for i in range(0, len(drawn), step)])
+    return [_interval(value, column) for value, column in zip(values, found.T, strict=True)]
 
 
 def draw_groups(groups: int, resamples: int, seed: int) -> Int64[np.ndarray, "R G"]:

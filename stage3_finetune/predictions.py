@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -15,6 +15,7 @@ from jaxtyping import Float32, Int64
 from shared.artifact import write_atomic
 from shared.config import digest
 from shared.errors import CorruptError
+from shared.report import Section
 from stage3_finetune.contracts import Example
 from stage3_finetune.metrics import Measure, Scores, balanced_accuracy, class_measures, macro_auroc, score
 
@@ -84,6 +85,10 @@ class ClassPredictions:
         loss = float(-np.log(np.maximum(picked, 1e-12)).mean())
         auroc = float(macro_auroc(probability, one_hot, once)[0])
         return (balanced, -loss), {"loss": loss, "balanced_accuracy": balanced, "auroc": auroc}
+
+    def pictures(self, read: Callable[[str], Float32[np.ndarray, "C H W"]]) -> list[Section]:
+        """None."""
+        return []
 
     def write(self, path: Path) -> None:
         """Write the table in one piece; nine digits bring every float32 back to the bit."""

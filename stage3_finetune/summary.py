@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from shared.artifact import write_atomic
-from shared.report import finetune_report
+from shared.report import Section, finetune_report
 from shared.runlog import read_metrics
 from stage3_finetune.contracts import Scores
 
@@ -29,6 +29,7 @@ def write_report(
     resamples: int,
     facts: dict[str, Any],
     warnings: Sequence[str],
+    pictures: Sequence[Section] = (),
 ) -> None:
     """Write ``report.html``.
 
@@ -40,6 +41,7 @@ def write_report(
         resamples: Behind each interval.
         facts: Counts and settings worth a glance.
         warnings: What a reader should act upon.
+        pictures: What is shown of single images.
     """
     rows, plain = [], {}
     for name, found in scores.named().items():
@@ -52,7 +54,7 @@ def write_report(
         notes.append(f"Beside it, the weights that were best on val, epoch {beside[0]}: {beside[1].lines()[0]}.")
     html = finetune_report(
         scores=rows,
-        more=scores.sections(),
+        more=[*scores.sections(), *pictures],
         curves=curves(read_metrics(out), per_epoch),
         facts={**facts, **plain},
         note=" ".join(notes),

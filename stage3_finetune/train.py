@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from jaxtyping import Float32
 from torch import Tensor
 
 from shared import ranks
@@ -17,7 +19,7 @@ from shared.config import dump_yaml, validate
 from shared.config import spec as config_spec
 from shared.cores import resolve_threads
 from shared.errors import ConfigError, CorruptError
-from shared.images import Source, find_sources
+from shared.images import Source, find_sources, read_image
 from shared.lease import Lease
 from shared.loop import VERSION as LOOP_VERSION
 from shared.loop import fit
@@ -85,6 +87,10 @@ class Run:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(not config.freeze or name in self.task.head)
         return model.train(not config.freeze)  # a frozen encoder keeps its batch statistics too
+
+    def pixels(self, sample_id: str) -> Float32[np.ndarray, "C H W"]:
+        """An image as it is read."""
+        return read_image(self.sources[sample_id]).pixels
 
     def plan(self, per_epoch: int) -> Plan:
         """How to optimise, with so many steps an epoch."""
@@ -201,7 +207,7 @@ def prepare(config: FinetuneConfig, *, images: Path, labels: Path, encoder: str 
     task_class = TASKS.load(config.task)
     options = validate(task_class.Options, config.options)
     sources = {source.sample_id: source for source in find_sources(images)}
-    targets = task_class.Targets(labels)
+    targets = task_class.Targets(labels, options=options, sources=sources)
     table = load_labels(
         labels,
         targets,
@@ -213,6 +219,7 @@ def prepare(config: FinetuneConfig, *, images: Path, labels: Path, encoder: str 
         fraction_milli=config.fraction_milli,
         seed=config.seed,
     )
+    options = getattr(targets, "options", options)
     start = start_from(config, encoder)
     config = _resolve(config, start, options.model_dump())
     sha256, images_sha256 = digest_images(sources, table.examples)
@@ -309,6 +316,7 @@ def _finish(run: Run, best: BestOnVal | None, inputs: tuple[Input, ...]) -> tupl
         run.out,
         scores["test"],
         beside=beside,
+        pictures=predictions.part("test").pictures(run.pixels),
         per_epoch=steps_per_epoch(outputs["train"], run.config.batch_size),
         resamples=run.config.resamples,
         facts=_facts(run),

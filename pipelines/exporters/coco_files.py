@@ -25,11 +25,11 @@ from pipelines.exportable_store import (
     refuse_difference,
     resample,
 )
-from pipelines.run_lengths import pack_runs, runs_of
 from shared.artifact import NOT_FOR_DIAGNOSIS
 from shared.config import Strict
 from shared.outlines import Outline, draw, unpack_runs
 from shared.regions import decode_boxes
+from shared.run_lengths import pack_runs, runs_of
 
 ANNOTATIONS = "annotations.json"
 DETECTIONS = "detections.json"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -13,12 +13,13 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from shared.backbones import Backbone
+from shared.backbones import Backbone, build
 from shared.config import Strict
 from shared.errors import ConfigError
+from shared.images import Source
 from shared.rng import seed_key
 from stage3_finetune.contracts import Batch, Example, View
-from stage3_finetune.export import Preprocessing, export_model
+from stage3_finetune.export import Preprocessing, export_model, read_model, take_weights, told_as_corrupt
 from stage3_finetune.labels import listed, read_table
 from stage3_finetune.predictions import ClassPredictions
 
@@ -36,9 +37,13 @@ class ClassTargets:
 
     Args:
         path: The CSV.
+        options: Not needed.
+        sources: Not needed.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(
+        self, path: Path, *, options: ClassifyOptions | None = None, sources: Mapping[str, Source] | None = None
+    ) -> None:
         self._path = path
 
     def read(
@@ -106,6 +111,7 @@ class Classify:
     Options = ClassifyOptions
     Targets = ClassTargets
     Predictions = ClassPredictions
+    kind: ClassVar[Literal["probability"]] = "probability"
     version = 1
 
     def __init__(
@@ -119,7 +125,7 @@ class Classify:
     ) -> None:
         self.options, self.model, self.classes = options, backbone.model, tuple(classes)
         self.head = _put_classifier(self.model, len(classes), seed)
-        self._backbone, self._preprocessing = backbone, preprocessing
+        self._backbone, self.preprocessing = backbone, preprocessing
         self._mean = torch.tensor(preprocessing.mean, dtype=torch.float32).reshape(1, -1, 1, 1)
         self._std = torch.tensor(preprocessing.std, dtype=torch.float32).reshape(1, -1, 1, 1)
 
@@ -150,8 +156,29 @@ class Classify:
             architecture=self._backbone.name,
             model_args=self._backbone.args,
             classes=self.classes,
-            preprocessing=self._preprocessing,
+            preprocessing=self.preprocessing,
         )
+
+    @classmethod
+    def restore(cls, folder: Path) -> Classify:
+        """The model of such a folder, ready to predict."""
+        config, state = read_model(folder)
+        with told_as_corrupt(folder):
+            stored = config["pretrained_cfg"]
+            args = dict(config["model_args"])
+            channels, side, _ = stored["input_size"]
+            preprocessing = Preprocessing(side, channels, tuple(stored["mean"]), tuple(stored["std"]))
+            args.pop("in_chans")
+            backbone = build(
+                config["architecture"],
+                in_chans=channels,
+                output_stride=args.pop("output_stride", None),
+                model_args=args,
+            )
+            names = config["label_names"]
+        found = cls(ClassifyOptions(), backbone, classes=names, preprocessing=preprocessing, seed=0)
+        take_weights(found.model, state, folder)
+        return found
 
     def _logits(self, batch: Batch) -> Tensor:
         device = next(self.model.parameters()).device

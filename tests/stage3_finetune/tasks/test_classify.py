@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from shared.backbones import build
-from shared.errors import ConfigError
+from shared.errors import ConfigError, CorruptError
 from stage3_finetune.contracts import Batch
 from stage3_finetune.export import Preprocessing
 from stage3_finetune.tasks import TASKS
@@ -83,6 +83,27 @@ def test_normalisation_is_applied() -> None:
     one.model.eval()
     other.model.eval()
     assert not torch.allclose(predict(one), predict(other))
+
+
+def test_an_export_comes_back_and_a_damaged_one_is_refused(tmp_path) -> None:
+    backbone = build("resnet18", in_chans=1, output_stride=16, model_args={"channels": [8, 8, 8, 8]}, seed=7)
+    one = Classify(ClassifyOptions(), backbone, classes=("a", "b", "c"), preprocessing=INPUT, seed=0)
+    with torch.no_grad():
+        for value in one.model.state_dict().values():
+            value.add_(torch.rand(value.shape).to(value.dtype) * 0.1)
+    one.model.eval()
+    one.export(tmp_path / "model")
+    back = Classify.restore(tmp_path / "model")
+    assert (back.classes, back.preprocessing, back.model.training) == (one.classes, one.preprocessing, False)
+    assert torch.equal(predict(back), predict(one))
+    config = (tmp_path / "model/config.json").read_text()
+    for damaged in ("{", config.replace("label_names", "names")):
+        (tmp_path / "model/config.json").write_text(damaged)
+        with pytest.raises(CorruptError, match="model"):
+            Classify.restore(tmp_path / "model")
+    (tmp_path / "model/config.json").write_text(config.replace('"c"', '"c", "d"'))
+    with pytest.raises(CorruptError, match=r"fc\.bias: shape \(3,\), expected \(4,\)"):
+        Classify.restore(tmp_path / "model")
 
 
 def test_a_backbone_that_takes_no_classifier_is_refused() -> None:

@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from pycocotools import mask as coco_mask
 
-from pipelines.run_lengths import pack_runs, runs_of
 from shared.outlines import unpack_runs
+from shared.run_lengths import pack_runs, runs_of
 
 
 @given(arrays.arrays(np.bool_, arrays.array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=40)))
