@@ -4,4 +4,10 @@ from __future__ import annotations
 
 from shared.registry import Registry
 
-TASKS = Registry("task", {"classify": "stage3_finetune.tasks.classify:Classify"})
+TASKS = Registry(
+    "task",
+    {
+        "classify": "stage3_finetune.tasks.classify:Classify",
+        "segment": "stage3_finetune.tasks.segment:Segment",
+    },
+)
