@@ -167,7 +167,7 @@ class MaskTargets:
             elif value:
                 unnamed[value].append(who)
         self._drawn[sample_id] = draw(label, names)
-        self._count.update(names if not named else self._drawn[sample_id].runs)
+        self._count.update(list(self._drawn[sample_id].runs) if named else names)
 
 
 def read_values(path: Path) -> Shaped[np.ndarray, "H W"]:
@@ -215,4 +215,4 @@ def _nearest(first: float, last: float, size: int, side_px: int) -> Int64[np.nda
 
 
 def _sizes(target: tuple[int, ...], image: tuple[int, ...]) -> str:
-    return f"target {target[1]} x {target[0]} px, image {image[1]} x {image[0]}"
+    return f"target {target[1]} x {target[0]} px, image {image[1]} x {image[0]} px"
