@@ -39,7 +39,7 @@ def batch(sizes: tuple[tuple[int, int], ...] = ((32, 32), (20, 50), (64, 33))) -
     target = (image[:, 0] * 3).long().clamp(max=2)
     target[:, :3] = IGNORE
     truth = tuple(np.zeros(size, np.uint8) for size in sizes)
-    return Batch(image, target, ("x", "y", "z"), truth, sizes, (None, (1.0, 2.0), None))
+    return Batch(image, target, ("x", "y", "z"), truth, sizes, spacing_mm=(None, (1.0, 2.0), None))
 
 
 def test_the_table_names_it() -> None:
