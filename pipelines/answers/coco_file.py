@@ -1,4 +1,4 @@
-"""COCO JSON: label maps as a mask an image and class; things found as boxes with scores, and with masks if they have."""
+"""COCO JSON: label maps as a mask an image and class; things found as boxes with scores, perhaps with masks."""
 
 from __future__ import annotations
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from pipelines.answers.contract import Asked, Place
+from pipelines.exportable_store import table
 from shared.images import Source
 
 FILE = "predictions.csv"
@@ -20,9 +20,7 @@ class CsvFile:
 
     def __init__(self, asked: Asked) -> None:
         self._asked = asked
-        self._file = (asked.folder / FILE).open("w", newline="", encoding="utf-8")
-        self._writer = csv.writer(self._file, lineterminator="\n")
-        self._writer.writerow(["sample_id", "predicted", *(f"p {name}" for name in asked.classes)])
+        self._rows: list[tuple[object, ...]] = []
 
     def refuses(self, source: Source) -> str | None:
         """None: every image has a line."""
@@ -31,14 +29,17 @@ class CsvFile:
     def put(self, place: Place, answer: Any) -> None:
         """Nine digits bring every float32 back to the bit."""
         numbers = [f"{float(value):.9g}" for value in answer]
-        self._writer.writerow([place.source.sample_id, self._predicted([float(value) for value in answer]), *numbers])
+        self._rows.append((place.source.sample_id, self._predicted([float(value) for value in answer]), *numbers))
 
     def skip(self, source: Source) -> None:
         """Nothing."""
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Write the file."""
+        columns = ("sample_id", "predicted", *(f"p {name}" for name in self._asked.classes))
+        with table(self._asked.folder / FILE, *columns) as put:
+            for row in self._rows:
+                put(*row)
 
     def notes(self) -> str:
         """What the columns are."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any, ClassVar
@@ -10,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from pipelines.answers.contract import Asked, Place
-from pipelines.exportable_store import Names
+from pipelines.exportable_store import Names, table
 from pipelines.volumes import lying_on
 from shared.errors import UsageError
 from shared.images import Source
@@ -31,9 +30,7 @@ class NiftiFiles:
         self._left = Counter(source.path for source in slices)
         self._planes: dict[Path, dict[int, np.ndarray]] = defaultdict(dict)
         self._rows: dict[Path, int] = {}
-        self._file = (asked.folder / MANIFEST).open("w", newline="", encoding="utf-8")
-        self._writer = csv.writer(self._file, lineterminator="\n")
-        self._writer.writerow(["volume", "group", "file", "slices", "missing_slices"])
+        self._told: list[tuple[object, ...]] = []
 
     def refuses(self, source: Source) -> str | None:
         """What is no slice of a volume has no affine."""
@@ -56,8 +53,10 @@ class NiftiFiles:
             self._write(source, planes)
 
     def close(self) -> None:
-        """Close the manifest."""
-        self._file.close()
+        """Write the manifest."""
+        with table(self._asked.folder / MANIFEST, "volume", "group", "file", "slices", "missing_slices") as put:
+            for row in self._told:
+                put(*row)
 
     def notes(self) -> str:
         """What the values mean."""
@@ -76,4 +75,4 @@ class NiftiFiles:
         path = self._asked.folder / f"{stem}_labels.nii.gz"
         volume.save(path, volume.fill(lambda plane: plane, np.uint8))
         missing = " ".join(map(str, volume.missing))
-        self._writer.writerow([volume_id, volume.group, path.name, len(planes), missing])
+        self._told.append((volume_id, volume.group, path.name, len(planes), missing))

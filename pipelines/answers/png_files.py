@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 from typing import Any, ClassVar
 
 import numpy as np
 from PIL import Image
 
 from pipelines.answers.contract import Asked, Place
-from pipelines.exportable_store import Names, refuse_difference
+from pipelines.exportable_store import Names, refuse_difference, table
 from shared.images import Source
 
 MANIFEST = "manifest.csv"
@@ -24,10 +23,7 @@ class PngFiles:
     def __init__(self, asked: Asked) -> None:
         self._asked = asked
         (asked.folder / FOLDER).mkdir()
-        self._file = (asked.folder / MANIFEST).open("w", newline="", encoding="utf-8")
-        self._writer = csv.writer(self._file, lineterminator="\n")
-        areas = [f"px {name}" for name in asked.classes]
-        self._writer.writerow(["sample_id", "file", "width", "height", *areas])
+        self._rows: list[tuple[object, ...]] = []
 
     def refuses(self, source: Source) -> str | None:
         """None: every image has a file."""
@@ -42,14 +38,17 @@ class PngFiles:
             refuse_difference(read.mode == "L" and np.array_equal(np.asarray(read), label), path)
         areas = np.bincount(label.ravel(), minlength=len(self._asked.classes) + 1)[1:].tolist()
         height, width = label.shape
-        self._writer.writerow([place.source.sample_id, f"{FOLDER}/{path.name}", width, height, *areas])
+        self._rows.append((place.source.sample_id, f"{FOLDER}/{path.name}", width, height, *areas))
 
     def skip(self, source: Source) -> None:
         """Nothing."""
 
     def close(self) -> None:
-        """Close the manifest."""
-        self._file.close()
+        """Write the manifest."""
+        areas = (f"px {name}" for name in self._asked.classes)
+        with table(self._asked.folder / MANIFEST, "sample_id", "file", "width", "height", *areas) as put:
+            for row in self._rows:
+                put(*row)
 
     def notes(self) -> str:
         """What the values mean."""
