@@ -38,8 +38,8 @@ def predict(
         WRITERS.load(to)
     refuse_file(Path(model.partition("@sha256:")[0]))
     check_artifact(model, "model")
-    from pipelines.predict import QUARANTINE
     from pipelines.predict import predict as run
+    from shared.region_layout import QUARANTINE
 
     made = run(model, images=images, out=out, to=to, config=config, tell=_Teller())
     for reason, count in sorted(made.quarantined.items()):

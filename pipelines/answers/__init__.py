@@ -6,7 +6,7 @@ A writer is a class, see `pipelines.answers.contract`; ``kinds`` are those of `s
 from shared.registry import Registry
 
 WRITERS = Registry(
-    "prediction format",
+    "writer",
     {
         "coco": "pipelines.answers.coco_file:CocoFile",
         "csv": "pipelines.answers.csv_file:CsvFile",

@@ -188,9 +188,9 @@ def score(
     both = partial(bootstrap, group=group, seed=seed, resamples=resamples)
 
     def scores_of(chosen: list[int]) -> ClassScores:
-        means = [both(partial(_weighted_mean, values[name][:, chosen]))[0] for name in NAMES]
+        dice, iou, hd95, assd = (both(partial(_weighted_mean, values[name][:, chosen]))[0] for name in NAMES)
         shown, both_empty, one_empty = (int(number[chosen].sum()) for number in counted)
-        return ClassScores(*means, shown=shown, both_empty=both_empty, one_empty=one_empty)
+        return ClassScores(dice, iou, hd95, assd, shown, both_empty, one_empty)
 
     by_class = {name: scores_of([k]) for k, name in enumerate(classes)}
     mean = scores_of([*range(len(classes))])

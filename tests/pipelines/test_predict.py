@@ -225,7 +225,7 @@ def test_bad_input_is_one_line_and_nothing_appears(root: Path, finished: Chain, 
     model, images, out = root / "model", root / "images", tmp_path / "p"
     given = ("--images", images, "--out", out)
     for code, told, command in (
-        (2, "unknown prediction format 'pngs'", (model, *given, "--to", "pngs")),
+        (2, "unknown writer 'pngs'", (model, *given, "--to", "pngs")),
         (2, "--to csv: not for the task 'segment'\nhint: --to coco, nifti, png", (model, *given, "--to", "csv")),
         (2, "the images hold no NIfTI volume", (model, *given, "--to", "nifti")),
         (2, "batch_size", (model, *given, "--set", "batch_size=0")),
