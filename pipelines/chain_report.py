@@ -14,7 +14,13 @@ if TYPE_CHECKING:
     from pipelines.chain import Summary
 
 _ARMS = {"finetuned": "from the encoder", "scratch": "from scratch"}
-_SCORES = {"accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "auroc": "AUROC"}
+_SCORES = {
+    "accuracy": "accuracy",
+    "balanced_accuracy": "balanced accuracy",
+    "auroc": "AUROC",
+    "dice": "Dice",
+    "iou": "IoU",
+}
 _SHARES = {"hidden_inside_share": "inside", "hidden_outside_share": "outside", "hidden_share": "overall"}
 _AT_ONCE_S = 0.3
 """What took less was there already."""
@@ -119,5 +125,5 @@ def _rows(card: Card) -> list[tuple[str, float, float, float]]:
     return [
         (label, test[name]["value"], test[name]["low"], test[name]["high"])
         for name, label in _SCORES.items()
-        if test[name]["low"] is not None
+        if test.get(name, {}).get("low") is not None  # each task has scores of its own
     ]

@@ -16,7 +16,7 @@ from typing import Any, TextIO
 
 import typer
 
-from pipelines import quality_commands, stage_commands, tool_commands
+from pipelines import predict_command, quality_commands, stage_commands, tool_commands
 from pipelines.settings_help import settings_help
 from shared.errors import DiskFullError, MwmError, UsageError
 from shared.signals import sigterm_unwinds
@@ -37,6 +37,7 @@ app.command(cls=settings_help("stage3_finetune.config:FinetuneConfig"))(stage_co
 app.command("fit-grounder", cls=settings_help("stage1_localize.fit_config:FitGrounderConfig"))(
     stage_commands.fit_grounder
 )
+app.command(cls=settings_help("pipelines.predict_config:PredictConfig"))(predict_command.predict)
 app.command("run")(stage_commands.run_)
 app.command()(tool_commands.audit)
 app.command()(quality_commands.score)

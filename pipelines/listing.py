@@ -54,6 +54,7 @@ class Found:
 
 def tables() -> dict[str, Registry]:
     """Every table of parts, by the plural of what it holds."""
+    from pipelines.answers import WRITERS
     from pipelines.exporters import EXPORTERS, STORE_EXPORTERS
     from stage1_localize.grounders import GROUNDERS
     from stage1_localize.segmenters import SEGMENTERS
@@ -71,11 +72,13 @@ def tables() -> dict[str, Registry]:
         "tasks": TASKS,
         "exporters": EXPORTERS,
         "store_exporters": STORE_EXPORTERS,
+        "writers": WRITERS,
     }
 
 
 KINDS = (
     "recipes", "grounders", "segmenters", "policies", "samplers", "methods", "tasks", "exporters", "store_exporters",
+    "writers",
 )  # fmt: skip
 
 

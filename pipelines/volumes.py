@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from jaxtyping import Float32, Shaped
@@ -27,14 +27,17 @@ _GEOMETRY = (
 )  # fmt: skip
 
 
+T = TypeVar("T")
+
+
 @dataclass(frozen=True)
-class Volume:
+class Volume(Generic[T]):
     """One NIfTI file, and its slices that have maps.
 
     Attributes:
         volume_id: The slices' id without its ``#z0000``.
         path: The file.
-        slices: Axial slice in RAS+, from below -> its sample.
+        slices: Axial slice in RAS+, from below -> its sample, or what else is known of it.
         missing: Slices of the file without maps.
         shape: As stored, with trailing axes of one.
         grid: Its three axes as stored.
@@ -43,20 +46,18 @@ class Volume:
 
     volume_id: str
     path: Path
-    slices: Mapping[int, SampleRow]
+    slices: Mapping[int, T]
     missing: tuple[int, ...]
     shape: tuple[int, ...]
     grid: Grid
     group: str
 
     @property
-    def row(self) -> int:
+    def row(self: Volume[SampleRow]) -> int:
         """The first of its rows."""
         return min(sample.row for sample in self.slices.values())
 
-    def fill(
-        self, planes: Callable[[SampleRow], Shaped[np.ndarray, "H W"]], dtype: Any
-    ) -> Shaped[np.ndarray, "*stored"]:
+    def fill(self, planes: Callable[[T], Shaped[np.ndarray, "H W"]], dtype: Any) -> Shaped[np.ndarray, "*stored"]:
         """Put slices [H, W] back where they were cut, in the file's own order; 0 where one is missing.
 
         Rows of a slice run from anterior to posterior, columns from left to right (`shared.images.Image`).
@@ -95,7 +96,7 @@ class Volume:
         refuse_difference(same and np.array_equal(np.asanyarray(read.dataobj), values), path)
 
 
-def find_volumes(source: ExportableStore) -> Iterator[Volume]:
+def find_volumes(source: ExportableStore) -> Iterator[Volume[SampleRow]]:
     """The volumes of a store, by their first row; samples that are no slice of one are left out, with the reason.
 
     One by one: of the others, only the places of their slices are in memory.
@@ -131,20 +132,24 @@ def is_slice(source: ExportableStore, sample: SampleRow) -> bool:
     )
 
 
-def _volume(path: Path, slices: Mapping[int, SampleRow]) -> Volume:
-    import nibabel
-
+def _volume(path: Path, slices: Mapping[int, SampleRow]) -> Volume[SampleRow]:
     first = next(iter(slices.values()))
     digest = file_sha256(path)
     for sample in slices.values():
         refuse_changed(sample, digest)
+    return lying_on(path, slices, volume_id=first.sample_id.rpartition("#")[0], group=first.group or "")
+
+
+def lying_on(path: Path, slices: Mapping[int, T], *, volume_id: str, group: str) -> Volume[T]:
+    """A volume of what is known of a file's axial slices, on the file's own grid."""
+    import nibabel
+
     image: Any = nibabel.load(path)
     x, y, z = [*image.shape, 1][:3]
     grid = Grid.of((x, y, z), image.affine)
     count = to_canonical(np.empty(grid.shape, np.bool_), grid).shape[2]
     missing = tuple(sorted(set(range(count)) - set(slices)))
-    volume_id = first.sample_id.rpartition("#")[0]
-    return Volume(volume_id, path, dict(slices), missing, tuple(image.shape), grid, first.group or "")
+    return Volume(volume_id, path, dict(slices), missing, tuple(image.shape), grid, group)
 
 
 def probability(levels: Float32[np.ndarray, "*n"]) -> Float32[np.ndarray, "*n"]:

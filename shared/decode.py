@@ -137,13 +137,13 @@ def _raster(data: bytes, name: str) -> tuple[np.ndarray, str]:
     if image.format == "PNG" and data[24] == 16 and data[25] != 0:
         raise DecodeError(f"{name}: a 16 bit PNG with colour or alpha", reason="unsupported")
     if image.format == "PNG":
-        _check_png(data, name)
+        check_png(data, name)
     image.load()
     upright = ImageOps.exif_transpose(image)
     return _by_mode(upright, name)
 
 
-def _check_png(data: bytes, name: str) -> None:
+def check_png(data: bytes, name: str) -> None:
     """Refuse a PNG with a damaged or missing chunk: Pillow reads some of them, to other pixels."""
     at = 8
     while at + 12 <= len(data):

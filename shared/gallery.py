@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from shared.figures import REGION_COLOURS, Colour, map_uri, overlay, paint, picture
+from shared.figures import REGION_COLOURS, Colour, contour, map_uri, overlay, paint, picture
 from shared.page import chips, select
 
 SOFT = "the tint shows the probability"
 _SIDE_PX = 320
 _PANELS_MAX = 6
+_TRUE: Colour = (236, 240, 246)
 _FRESH = 'autocomplete="off"'  # a page that is loaded again shows all pictures; so must its controls
 
 
@@ -58,6 +59,25 @@ class Case:
     label: str
     predicted: str
     probability: float
+
+
+@dataclass(frozen=True)
+class Outlined:
+    """One image with what is there and what a model found.
+
+    Attributes:
+        sample_id: Shown under the picture.
+        image: Float [C, H, W] in [0, 1].
+        truth: Float [H, W] in [0, 1] of each thing that is there.
+        found: Likewise of each that the model found.
+        told: A few words.
+    """
+
+    sample_id: str
+    image: np.ndarray[Any, Any]
+    truth: Sequence[np.ndarray[Any, Any]]
+    found: Sequence[np.ndarray[Any, Any]]
+    told: str = ""
 
 
 def gallery(examples: Iterable[Example], *, controls: bool = True) -> str:
@@ -128,6 +148,19 @@ def cases(items: Iterable[Case]) -> str:
         f"<br>{escape(item.sample_id)}</figcaption></figure>"
         for item in items
     )
+    return f'<div class="row few">{figures}</div>' if figures else '<p class="muted">No case to show.</p>'
+
+
+def outlined(items: Iterable[Outlined]) -> str:
+    """Images with the outlines of what is there, light, and of what a model found, orange."""
+    figures = ""
+    for item in items:
+        pixels = paint(item.image, side_px=_SIDE_PX)
+        for fields, colour in ((item.truth, _TRUE), (item.found, REGION_COLOURS[0])):
+            for field_ in fields:
+                pixels = contour(pixels, field_, colour)
+        caption = f"<figcaption><b>{escape(item.told)}</b><br>{escape(item.sample_id)}</figcaption>"
+        figures += f"<figure>{picture(pixels, f'{item.sample_id}: {item.told}')}{caption}</figure>"
     return f'<div class="row few">{figures}</div>' if figures else '<p class="muted">No case to show.</p>'
 
 

@@ -168,7 +168,8 @@ class Part:
         images, placed, truth, copies = zip(*(self.item(index, epoch) for index in indices), strict=True)
         sample_ids = tuple(self.examples[index].sample_id for index in indices)
         sizes, spacing = tuple(copy.size_px for copy in copies), tuple(copy.spacing_mm for copy in copies)
-        return Batch(torch.stack(images), self._targets.collate(placed), sample_ids, truth, sizes, spacing)
+        placed_target = self._targets.collate(placed)
+        return Batch(torch.stack(images), placed_target, sample_ids, truth, sizes, spacing_mm=spacing)
 
     def _working_copy(self, index: int) -> Working:
         if index in self._cache:

@@ -68,7 +68,14 @@ def test_a_file_has_one_reason_to_exist() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["localize", "--help"], ["pretrain", "--help"], ["finetune", "--help"], ["fit-grounder", "--help"]],
+    [
+        ["--help"],
+        ["localize", "--help"],
+        ["pretrain", "--help"],
+        ["finetune", "--help"],
+        ["fit-grounder", "--help"],
+        ["predict", "--help"],
+    ],
 )
 def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
     code = (
@@ -85,6 +92,7 @@ def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
 
 
 def test_every_name_in_every_table_loads() -> None:
+    from pipelines.answers import WRITERS
     from stage1_localize.grounders import GROUNDERS
     from stage1_localize.segmenters import SEGMENTERS
     from stage2_pretrain.kernels import IMPLS
@@ -92,7 +100,7 @@ def test_every_name_in_every_table_loads() -> None:
     from stage2_pretrain.methods import METHODS
     from stage3_finetune.tasks import TASKS
 
-    for table in (GROUNDERS, SEGMENTERS, POLICIES, METHODS, IMPLS, TASKS):
+    for table in (GROUNDERS, SEGMENTERS, POLICIES, METHODS, IMPLS, TASKS, WRITERS):
         assert len(table) > 0
         for name in table:
             assert callable(table.load(name)), f"{table.what} {name}"

@@ -9,5 +9,6 @@ TASKS = Registry(
     {
         "classify": "stage3_finetune.tasks.classify:Classify",
         "detect": "stage3_finetune.tasks.detect:Detect",
+        "segment": "stage3_finetune.tasks.segment:Segment",
     },
 )
