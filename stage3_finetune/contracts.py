@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
 from jaxtyping import Float32
 from torch import Tensor, nn
@@ -63,6 +63,8 @@ class Batch:
         sample_ids: Who they are.
         truth: What the labels say of each image, in the frame of the image as it was read.
         sizes_px: Height and width of each image as it was read.
+        epoch: What draws of a batch are named after, beside its samples.
+        features: What a frozen encoder made of the images, where it was kept (`Probing`); ``image`` is then empty.
     """
 
     image: Float32[Tensor, "B C S S"]
@@ -70,6 +72,8 @@ class Batch:
     sample_ids: tuple[str, ...]
     truth: tuple[Any, ...]
     sizes_px: tuple[tuple[int, int], ...]
+    epoch: int = 0
+    features: Float32[Tensor, "B ..."] | None = None
 
 
 class Targets(Protocol):
@@ -217,4 +221,51 @@ class Task(Protocol):
 
     def export(self, folder: Path) -> None:
         """Write ``config.json`` and ``model.safetensors``, which others load."""
+        ...
+
+
+@runtime_checkable
+class Probing(Protocol):
+    """A task whose frozen encoder need see an image only once; ``loss`` and ``predict`` then take `Batch.features`."""
+
+    @property
+    def keeps_features(self) -> bool:
+        """Whether features of an image stay the same while the encoder is frozen and images are not augmented."""
+        ...
+
+    def embed(self, image: Float32[Tensor, "B C S S"]) -> Tensor:
+        """Features of images in [0, 1], one row an image, any shape."""
+        ...
+
+
+@runtime_checkable
+class Remembering(Probing, Protocol):
+    """A task that may learn without a step, from the features of every training image."""
+
+    @property
+    def remembers(self) -> bool:
+        """Whether it learns so."""
+        ...
+
+    def remember(self, train: Iterable[Batch], val: Iterable[Batch]) -> dict[str, int]:
+        """Learn; returns what it chose, for the card. Without a val part ``val`` is empty."""
+        ...
+
+
+@runtime_checkable
+class Settling(Protocol):
+    """A task class whose options follow from the labels, or decide other settings."""
+
+    @staticmethod
+    def settle(options: Any, config: Any, targets: Any) -> tuple[Any, Any]:
+        """Options and settings with these resolved; ConfigError where they clash. ``targets`` have been read."""
+        ...
+
+
+@runtime_checkable
+class Fallible(Protocol):
+    """Predictions that know which of them are the worst."""
+
+    def worst(self, count: int) -> list[tuple[int, str, str, float]]:
+        """Most sure and wrong first: row, truth, what was said, its probability."""
         ...

@@ -108,7 +108,7 @@ class Part:
         cache_bytes: int,
     ) -> None:
         self.examples = tuple(examples)
-        self._classes, self._targets = tuple(classes), targets
+        self._classes, self.targets = tuple(classes), targets
         self._sources, self._sha256 = sources, sha256
         self._size_px, self._channels, self._augment, self._seed = size_px, channels, augment, seed
         self._cache: dict[int, tuple[Float32[np.ndarray, "C h w"], tuple[int, int]]] = {}
@@ -134,8 +134,8 @@ class Part:
         if self._augment is not None:
             words = uniform_u32("finetune/augment", self._seed, example.sample_id, epoch, 6)
             pixels, view = augment_image(pixels, self._augment, words)
-        truth = self._targets.load(example, self._classes, size_px)
-        placed = self._targets.place(truth, view, self._size_px)
+        truth = self.targets.load(example, self._classes, size_px)
+        placed = self.targets.place(truth, view, self._size_px)
         return _resize(pixels, (self._size_px, self._size_px)), placed, truth, size_px
 
     def batches(self, order: Iterable[tuple[int, list[int]]], *, workers: int = 0) -> Generator[Batch, None, None]:
@@ -156,7 +156,7 @@ class Part:
         epoch, indices = task
         images, placed, truth, sizes = zip(*(self.item(index, epoch) for index in indices), strict=True)
         sample_ids = tuple(self.examples[index].sample_id for index in indices)
-        return Batch(torch.stack(images), self._targets.collate(placed), sample_ids, truth, sizes)
+        return Batch(torch.stack(images), self.targets.collate(placed), sample_ids, truth, sizes, epoch)
 
     def _working_copy(self, index: int) -> tuple[Float32[np.ndarray, "C h w"], tuple[int, int]]:
         """The pixels, and height and width of the image as it was read."""

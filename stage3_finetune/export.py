@@ -1,4 +1,4 @@
-"""A model folder that timm reads as it is, classes included."""
+"""A model folder: what timm reads as it is, classes included, or with a head of ours an encoder and that head."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import nn
 
 from shared.artifact import write_atomic
 from shared.backbones import CONFIG, WEIGHTS
+from stage3_finetune.heads import Headed
 
 
 @dataclass(frozen=True)
@@ -39,24 +40,30 @@ def export_model(
     model_args: Mapping[str, Any],
     classes: Sequence[str],
     preprocessing: Preprocessing,
+    about: Mapping[str, Any] | None = None,
 ) -> None:
     """Write what ``timm.create_model("local-dir:FOLDER", pretrained=True)`` loads: weights, classes, input.
 
+    A `Headed` model is none of timm's: its architecture is named so that timm refuses it instead of filling it up with
+    random weights.
+
     Args:
-        model: A timm model with its classifier.
+        model: A timm model with its classifier, or `Headed`.
         folder: Created if absent.
         architecture: timm's name.
         model_args: Arguments of ``timm.create_model`` beside the number of classes and channels.
         classes: Names in the order of the outputs; timm hands them on as ``label_names``.
         preprocessing: Stored in timm's terms.
+        about: What timm does not ask for: the task, its head.
     """
     from safetensors.torch import save
 
     folder.mkdir(parents=True, exist_ok=True)
-    timm_model: Any = model
+    headed = isinstance(model, Headed)
+    timm_model: Any = model.encoder if headed else model
     side = preprocessing.size_px
     config = {
-        "architecture": architecture,
+        "architecture": f"mwm-{(about or {})['head']}:{architecture}" if headed else architecture,
         "num_classes": len(classes),
         "num_features": timm_model.num_features,
         "label_names": list(classes),
@@ -73,6 +80,7 @@ def export_model(
             "first_conv": timm_model.pretrained_cfg.get("first_conv"),
             "classifier": timm_model.pretrained_cfg.get("classifier"),
         },
+        **({} if about is None else {"mwm": dict(about)}),
     }
     write_atomic(folder / CONFIG, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
     state = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from shared.artifact import write_atomic
-from shared.report import finetune_report
+from shared.report import Case, finetune_report
 from shared.runlog import read_metrics
 from stage3_finetune.contracts import Scores
 
@@ -29,6 +29,7 @@ def write_report(
     resamples: int,
     facts: dict[str, Any],
     warnings: Sequence[str],
+    worst: Sequence[Case] = (),
 ) -> None:
     """Write ``report.html``.
 
@@ -40,6 +41,7 @@ def write_report(
         resamples: Behind each interval.
         facts: Counts and settings worth a glance.
         warnings: What a reader should act upon.
+        worst: Cases where the model was most sure and wrong.
     """
     rows, plain = [], {}
     for name, found in scores.named().items():
@@ -57,6 +59,7 @@ def write_report(
         facts={**facts, **plain},
         note=" ".join(notes),
         warnings=warnings,
+        worst=worst,
     )
     write_atomic(out / "report.html", html.encode())
 
