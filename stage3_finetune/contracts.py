@@ -233,6 +233,11 @@ class Probing(Protocol):
         """Whether features of an image stay the same while the encoder is frozen and images are not augmented."""
         ...
 
+    @property
+    def probe(self) -> nn.Module:
+        """What takes the features, inside the model: then it alone is trained, saved and walked over in each step."""
+        ...
+
     def embed(self, image: Float32[Tensor, "B C S S"]) -> Tensor:
         """Features of images in [0, 1], one row an image, any shape."""
         ...

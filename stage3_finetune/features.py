@@ -103,9 +103,8 @@ class FeaturePart:
     def _room(self, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
         if 4 * int(np.prod(shape)) <= self._memory:
             return np.empty(shape, np.float32)
-        with tempfile.TemporaryFile(
-            dir=self._folder if self._folder.is_dir() else None
-        ) as file:  # the map keeps it; nothing is left behind
+        where = self._folder if self._folder.is_dir() else None
+        with tempfile.TemporaryFile(dir=where) as file:  # the map keeps it; nothing is left behind
             return np.memmap(file, np.float32, "w+", shape=shape)
 
 

@@ -87,7 +87,8 @@ def _try(ready: Ready, out: Path, standing: str, found: dict[str, str], warnings
     part = run.part("train")
     per_epoch = steps_per_epoch(len(part), config.batch_size)
     batch = -(-len(part) // per_epoch)
-    model = run.ready()
+    model = run.trained
+    run.ready()
     epochs = config.epochs
     if isinstance(run.task, Remembering) and run.task.remembers:
         epochs, seconds = 0, _remember(run.task, part, batch)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from shared.images import Source
 from shared.optimizer import Plan
@@ -96,6 +96,12 @@ class Run:
         model.train(mode)
         return self.task.collect(part.examples, answers)
 
+    @property
+    def trained(self) -> nn.Module:
+        """What steps change: the model, or its head where that takes features."""
+        task = self.task
+        return task.probe if self.keeps_features and isinstance(task, Probing) else task.model
+
     def ready(self) -> Any:
         """The model in training, its frozen parameters marked."""
         config, model = self.config, self.task.model
@@ -127,6 +133,6 @@ class Run:
     def lr_scales(self) -> dict[str, float]:
         """Factor of the learning rate by parameter of the model; empty: 1 for all."""
         config, task = self.config, self.task
-        if config.layer_decay_milli == 1000 or self.start.kind == "scratch":
+        if config.layer_decay_milli == 1000 or config.freeze or self.start.kind == "scratch":
             return {}
         return layer_scales(self.start.backbone.model, task.model, task.head, decay=config.layer_decay_milli / 1000)

@@ -56,6 +56,7 @@ def read_folder(folder: Path, config: FinetuneConfig) -> Found:
         state, name = load((folder / WEIGHTS).read_bytes()), stored["architecture"]
         cfg, args = stored["pretrained_cfg"], dict(stored.get("model_args") or {})
         given = int(args.pop("in_chans", None) or cfg["input_size"][0])
+        args.pop("num_classes", None)
         mean, std, side = cfg["mean"], cfg["std"], int(args.get("img_size") or cfg["input_size"][-1])
         conv, classifiers = cfg.get("first_conv"), _listed(cfg.get("classifier"))
     except (OSError, ValueError, KeyError, TypeError, IndexError, SafetensorError) as error:

@@ -196,15 +196,20 @@ def _resolve(config: FinetuneConfig, start: Start, options: dict[str, Any]) -> F
 
 def _train(run: Run) -> BestOnVal | None:
     """Train to the last epoch, or continue; the test part is not even opened here."""
-    config, model = run.config, run.ready()
+    config, module = run.config, run.trained
+    run.ready()
     part, held = run.part("train"), run.part("val") if run.labels.part("val") else None
     _embed(run, part, held)
     ids = [example.sample_id for example in part.examples]
     per_epoch = steps_per_epoch(len(ids), config.batch_size)
-    best = BestOnVal(model, held, run.predict, run.log, per_epoch) if held is not None else None
+    best = BestOnVal(module, held, run.predict, run.log, per_epoch) if held is not None else None
     scales = run.lr_scales()
     if config.layer_decay_milli != 1000:
-        told = f"from {min(scales.values()):.3g} at the stem to 1 at the head" if scales else "no effect from scratch"
+        told = (
+            f"from {min(scales.values()):.3g} at the stem to 1 at the head"
+            if scales
+            else "no effect: no encoder is trained"
+        )
         run.log.info(f"layer_decay_milli {config.layer_decay_milli}: {told}")
 
     def batches(begun: int) -> Iterator[tuple[Batch, tuple[str, ...]]]:
@@ -214,7 +219,7 @@ def _train(run: Run) -> BestOnVal | None:
                 yield batch, batch.sample_ids
 
     fit(
-        model,
+        module,
         batches,
         run.loss,
         run.plan(per_epoch),
@@ -274,7 +279,7 @@ def _finish(run: Run, best: BestOnVal | None, learnt: dict[str, int]) -> tuple[d
     }
     beside = None
     if best:
-        model.load_state_dict(best.weights)
+        run.trained.load_state_dict(best.weights)
         others = _predict_once(run, "predictions_best_on_val", ("test",))
         model.load_state_dict(weights)
         outputs["predictions_best_on_val"] = others.sha256

@@ -130,6 +130,13 @@ class Classify:
             return self.options.mixup_milli == 0 and isinstance(model.get_classifier(), nn.Linear)
         return self.options.mixup_milli == 0
 
+    @property
+    def probe(self) -> nn.Module:
+        """The head."""
+        model: Any = self.model
+        found: nn.Module = model.head if isinstance(model, Headed) else model.get_classifier()
+        return found
+
     def embed(self, image: Float32[Tensor, "B C S S"]) -> Tensor:
         """Features that the head takes: pooled; for attention the tokens of the last map."""
         pixels = self._normalise(image)
@@ -281,8 +288,7 @@ class Classify:
         return logits.float()
 
     def _from_features(self, features: Tensor) -> Float32[Tensor, "B K"]:
-        model: Any = self.model
-        logits: Tensor = model.head(features) if isinstance(model, Headed) else model.get_classifier()(features)
+        logits: Tensor = self.probe(features)
         return logits.float()
 
 
