@@ -126,6 +126,11 @@ def open_exportable(reference: str) -> Exportable:
     path, card = open_artifact(reference, kind)
     if kind == "model" and (task := card.identity.spec["config"]["task"]) != _CLASSIFY:
         raise UsageError(f"{path}: a model for task '{task}'; those for '{_CLASSIFY}' can be exported")
+    if kind == "model" and (head := card.identity.spec["config"]["options"].get("head", "linear")) != "linear":
+        raise UsageError(
+            f"{path}: a model with the head '{head}'; those with 'linear' can be exported",
+            hint="stage3_finetune.tasks.classify.Classify.restore reads its folder 'model'",
+        )
     for finding in verify(path, card):
         if finding.file.startswith(f"{kind}/"):
             raise CorruptError(f"{path}: {finding.file}: {finding.problem}", hint=_RESTORE)

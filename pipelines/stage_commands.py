@@ -97,9 +97,12 @@ def pretrain(
 
 def finetune(
     images: Images,
-    labels: Annotated[Path, typer.Option(help="CSV: sample_id, label, and optionally group and split.")],
+    labels: Annotated[Path, typer.Option(help="CSV: sample_id, label (or labels), and optionally group and split.")],
     out: Out,
-    encoder: Annotated[str | None, typer.Option(help="Encoder, PATH or PATH@sha256:...; none: from scratch.")] = None,
+    encoder: Annotated[
+        str | None,
+        typer.Option(help="Encoder, PATH or PATH@sha256:...; a folder that timm reads; timm:NAME; none: from scratch."),
+    ] = None,
     recipe: Recipe = "default",
     set_: Set = None,
     dry_run: DryRun = False,
@@ -112,7 +115,7 @@ def finetune(
     from stage3_finetune.config import FinetuneConfig
 
     config = read_config(FinetuneConfig, recipe, "finetune", set_)
-    if encoder is not None:
+    if encoder is not None and not encoder.startswith("timm:") and not (Path(encoder) / "config.json").is_file():
         check_artifact(encoder, "encoder")
     if dry_run:
         _refuse_torchrun("finetune --dry-run")

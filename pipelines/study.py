@@ -21,7 +21,7 @@ from typing import Any
 import yaml
 
 from pipelines.study_config import StudyConfig
-from pipelines.study_plan import Corpus, Run, fold_folder, fold_rows, plan, read_corpus, targets_of, write_fold
+from pipelines.study_plan import Corpus, Run, fold_folder, fold_rows, plan, read_corpus, write_fold
 from shared.artifact import CARD, Artifact, write_atomic
 from shared.backbones import resolve_options
 from shared.config import dump_yaml
@@ -152,7 +152,7 @@ def run_study(
         for corpus in corpora.values():
             for round_ in range(config.rounds):
                 for fold in range(config.folds):
-                    rows = fold_rows(corpus, targets_of(config, corpus.name, corpus.labels), config, round_, fold)
+                    rows = fold_rows(corpus, config, round_, fold)
                     write_fold(corpus, rows, fold_folder(out, corpus.name, round_, fold))
         runs = [run for run in plan(config) if run.corpus in corpora]
         steps = {run: _steps(config, run, out, corpora[run.corpus].images, stores[run.corpus]) for run in runs}
@@ -186,7 +186,7 @@ def _stores(config: StudyConfig, corpus: Corpus, images: Path, out: Path, childr
     return found
 
 
-def run_settings(config: StudyConfig, run: Run, fold: Path) -> dict[str, PretrainConfig | FinetuneConfig]:
+def run_settings(config: StudyConfig, run: Run, fold: Path) -> dict[str, Any]:
     """Settings of a run, by ``pretrain`` and endpoint: the study's own, the arm's over them, and the run's seed.
 
     Args:
@@ -195,7 +195,7 @@ def run_settings(config: StudyConfig, run: Run, fold: Path) -> dict[str, Pretrai
         fold: Folder of the fold's lists.
     """
     arm = config.arms[run.arm]
-    found: dict[str, PretrainConfig | FinetuneConfig] = {}
+    found: dict[str, Any] = {}
     if arm.pretrain is not None:
         own = {"seed": run.seed(config), "subset": str((fold / "train.csv").resolve())}
         settings = {**config.pretrain.model_dump(mode="json"), **arm.pretrain, **own}

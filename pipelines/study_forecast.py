@@ -10,7 +10,7 @@ from typing import Any
 from pipelines.dry_run import StandIn
 from pipelines.study import run_settings
 from pipelines.study_config import StudyConfig
-from pipelines.study_plan import Corpus, Run, fold_rows, plan, read_corpus, targets_of, write_fold
+from pipelines.study_plan import Corpus, Run, fold_rows, plan, read_corpus, write_fold
 from pipelines.study_stats import detectable, expected_error
 from shared.backbones import resolve_options
 from shared.forecast import Forecast, refuse_unusable
@@ -52,7 +52,7 @@ def _corpus(config: StudyConfig, corpus: Corpus, out: Path, images: Path) -> For
     tried: dict[str, Forecast] = {}
     with tempfile.TemporaryDirectory(prefix="mwm-dry-run-") as place:
         folder = Path(place)
-        rows = fold_rows(corpus, targets_of(config, corpus.name, corpus.labels), config, 0, 0)
+        rows = fold_rows(corpus, config, 0, 0)
         write_fold(corpus, rows, folder)
         training = sum(row.split == "train" for row in rows)
         first = next((name for name, arm in arms.items() if arm.pretrain is not None), None)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pipelines.study_config import StudyConfig
 from shared.artifact import write_atomic
-from shared.config import digest
+from shared.config import digest, validate
 from shared.errors import ConfigError
 from shared.images import Source, find_sources
 from stage3_finetune.contracts import Example, Targets
@@ -27,6 +27,7 @@ class Corpus:
         examples: Labelled rows, sorted by id.
         images: The list of images.
         sources: Images, by id.
+        targets: The labels as the task reads them.
         labels: Where the labels are.
         column: Name of the column that holds the label.
         cells: What stands in that column, by id.
@@ -36,6 +37,7 @@ class Corpus:
     examples: tuple[Example, ...]
     images: Path
     sources: dict[str, Source]
+    targets: Targets
     labels: Path
     column: str
     cells: dict[str, str]
@@ -93,8 +95,8 @@ def read_corpus(config: StudyConfig, name: str, images: Path) -> Corpus:
     """
     corpus = config.corpora[name]
     labels = images / corpus.labels
-    targets = targets_of(config, name, labels)
     sources = {source.sample_id: source for source in find_sources(images / corpus.images)}
+    targets = _targets(config, name, labels, sources)
     examples, grouped = targets.read({key: source.group for key, source in sources.items()})
     if not grouped:
         raise ConfigError(f"corpus {name}: not every row has a group", hint="a study is split by groups: name them")
@@ -104,20 +106,25 @@ def read_corpus(config: StudyConfig, name: str, images: Path) -> Corpus:
         raise ConfigError(f"corpus {name}: {len(missing)} labelled samples are not among the images, as {missing[0]!a}")
     column, cells = _cells(labels)
     ordered = tuple(sorted(examples, key=lambda row: row.sample_id))
-    return Corpus(name, ordered, images / corpus.images, sources, labels, column, cells)
+    return Corpus(name, ordered, images / corpus.images, sources, targets, labels, column, cells)
 
 
-def targets_of(config: StudyConfig, name: str, labels: Path) -> Targets:
+def _targets(config: StudyConfig, name: str, labels: Path, sources: dict[str, Source]) -> Targets:
     """The labels of a corpus as its task reads them: one task a corpus."""
     from stage3_finetune.tasks import TASKS
 
-    tasks = {
-        str({**config.finetune.model_dump(), **endpoint.finetune}["task"])
-        for endpoint in config.corpora[name].endpoints.values()
-    }
+    asked = [
+        {**config.finetune.model_dump(), **endpoint.finetune} for endpoint in config.corpora[name].endpoints.values()
+    ]
+    tasks = sorted({str(settings["task"]) for settings in asked})
     if len(tasks) > 1:
-        raise ConfigError(f"corpus {name}: endpoints of several tasks, {', '.join(sorted(tasks))}; one is expected")
-    targets: Targets = TASKS.load(tasks.pop()).Targets(labels)
+        raise ConfigError(f"corpus {name}: endpoints of several tasks, {', '.join(tasks)}; one is expected")
+    if labels.suffix.lower() != ".csv":
+        raise ConfigError(
+            f"corpus {name}: labels {labels.name}: a study takes a table, with the column 'target' for files"
+        )
+    task = TASKS.load(tasks[0])
+    targets: Targets = task.Targets(labels, options=validate(task.Options, asked[0]["options"]), sources=sources)
     return targets
 
 
@@ -141,15 +148,15 @@ def folds_of(examples: Sequence[Example], targets: Targets, *, folds: int, seed:
     return fold
 
 
-def fold_rows(corpus: Corpus, targets: Targets, config: StudyConfig, round_: int, fold: int) -> list[Example]:
+def fold_rows(corpus: Corpus, config: StudyConfig, round_: int, fold: int) -> list[Example]:
     """The rows of a corpus with the parts that they have in a fold."""
     seed = config.seed + round_
-    place = folds_of(corpus.examples, targets, folds=config.folds, seed=seed)
+    place = folds_of(corpus.examples, corpus.targets, folds=config.folds, seed=seed)
     tested = [replace(row, split="test") for row in corpus.examples if place[row.group] == fold]
     others = [row for row in corpus.examples if place[row.group] != fold]
     # Its "test" is our val: nothing is tested here.
     rest = split_by_group(
-        others, targets.strata, val_milli=0, test_milli=config.val_milli, seed=seed * config.folds + fold
+        others, corpus.targets.strata, val_milli=0, test_milli=config.val_milli, seed=seed * config.folds + fold
     )
     parts = {"train": "train", "test": "val"}
     return sorted(

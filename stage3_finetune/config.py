@@ -12,6 +12,10 @@ from shared.config import Strict, runtime
 class AugmentConfig(Strict):
     """What training images may undergo; val and test images never do. All zero or off: nothing."""
 
+    use: Literal["auto"] | bool = Field(
+        "auto", description="Whether at all; auto: unless the encoder is frozen, whose features are then computed once."
+    )
+
     crop_scale: tuple[int, int] = Field(
         (700, 1000),
         description="Smallest and largest share of the image's area to crop, in thousandths, both 1 to 1000; the "
@@ -27,6 +31,12 @@ class AugmentConfig(Strict):
             raise ValueError("crop_scale must be two thousandths, 1 <= smallest <= largest <= 1000")
         return self
 
+    @property
+    def changes(self) -> bool:
+        """Whether an image may come out changed."""
+        shifted = self.flip or self.brightness_milli > 0 or self.contrast_milli > 0
+        return self.use is not False and (shifted or self.crop_scale[0] < 1000)
+
 
 class FinetuneConfig(Strict):
     """Stage 3: how an encoder becomes a model."""
@@ -39,7 +49,14 @@ class FinetuneConfig(Strict):
     )
     size_px: int = Field(224, ge=32, le=2048, description="Side of the square image that the model sees, in pixels.")
     channels: Literal["auto", 1, 3] = Field("auto", description="Input channels; auto: the encoder's, else 1.")
-    freeze: bool = Field(False, description="Train the head only (a linear probe); needs an encoder.")
+    freeze: bool = Field(False, description="Train the head only (a probe); needs an encoder.")
+    layer_decay_milli: int = Field(
+        1000,
+        ge=1,
+        le=1000,
+        description="Factor of the learning rate from each layer of the encoder to the one below it, in thousandths; "
+        "the head has the full rate. 1000: all alike. Without effect from scratch.",
+    )
     augment: AugmentConfig = Field(AugmentConfig(), description="Augmentation of training images.")
     classes: tuple[str, ...] | None = Field(
         None, description="Class names in order; other labels are an error. None: every label, sorted."
@@ -64,6 +81,11 @@ class FinetuneConfig(Strict):
     clip_norm: float = Field(1.0, gt=0, description="Gradient norm above which gradients are scaled down.")
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of the split, initialisation, order and augmentation.")
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="Where to compute.")
+    precision: Literal["float32", "bf16"] = Field(
+        "float32",
+        description="bf16: convolutions and products in bfloat16, weights and loss in float32 (autocast). Fast on "
+        "GPUs, and on CPUs with AVX512-BF16 or AMX; slower on others.",
+    )
     threads: int | Literal["auto"] = Field("auto", description="CPU threads; auto: the cores this process may use.")
     resamples: int = Field(2000, ge=100, le=100_000, description="Bootstrap resamples behind each interval.")
     loader_workers: int = runtime(

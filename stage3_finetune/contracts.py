@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol, Self
+from typing import Any, ClassVar, Literal, Protocol, Self, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Float32, Int64
@@ -65,6 +65,8 @@ class Batch:
         truth: What the labels say of each image, in the frame of the image as it was read.
         sizes_px: Height and width of each image as it was read.
         spacing_mm: Rows and columns' spacing of each image, None where its file does not tell; empty: not known.
+        epoch: What draws of a batch are named after, beside its samples.
+        features: What a frozen encoder made of the images, where it was kept (`Probing`); ``image`` is then empty.
     """
 
     image: Float32[Tensor, "B C S S"]
@@ -73,6 +75,8 @@ class Batch:
     truth: tuple[Any, ...]
     sizes_px: tuple[tuple[int, int], ...]
     spacing_mm: tuple[tuple[float, float] | None, ...] = ()
+    epoch: int = 0
+    features: Float32[Tensor, "B ..."] | None = None
 
 
 class Targets(Protocol):
@@ -250,4 +254,47 @@ class Task(Protocol):
         Raises:
             CorruptError: A file is missing or unreadable, or a tensor is missing, unknown or of another shape.
         """
+        ...
+
+
+@runtime_checkable
+class Probing(Protocol):
+    """A task whose frozen encoder need see an image only once; ``loss`` and ``predict`` then take `Batch.features`."""
+
+    @property
+    def keeps_features(self) -> bool:
+        """Whether features of an image stay the same while the encoder is frozen and images are not augmented."""
+        ...
+
+    @property
+    def probe(self) -> nn.Module:
+        """What takes the features, inside the model: then it alone is trained, saved and walked over in each step."""
+        ...
+
+    def embed(self, image: Float32[Tensor, "B C S S"]) -> Tensor:
+        """Features of images in [0, 1], one row an image, any shape."""
+        ...
+
+
+@runtime_checkable
+class Remembering(Probing, Protocol):
+    """A task that may learn without a step, from the features of every training image."""
+
+    @property
+    def remembers(self) -> bool:
+        """Whether it learns so."""
+        ...
+
+    def remember(self, train: Iterable[Batch], val: Iterable[Batch]) -> dict[str, int]:
+        """Learn; returns what it chose, for the card. Without a val part ``val`` is empty."""
+        ...
+
+
+@runtime_checkable
+class Settling(Protocol):
+    """A task class whose options follow from the labels, or decide other settings."""
+
+    @staticmethod
+    def settle(options: Any, config: Any, targets: Any) -> tuple[Any, Any]:
+        """Options and settings with these resolved; ConfigError where they clash. ``targets`` have been read."""
         ...

@@ -118,7 +118,7 @@ class Part:
         cache_bytes: int,
     ) -> None:
         self.examples = tuple(examples)
-        self._classes, self._targets = tuple(classes), targets
+        self._classes, self.targets = tuple(classes), targets
         self._sources, self._sha256 = sources, sha256
         self._size_px, self._channels, self._augment, self._seed = size_px, channels, augment, seed
         self._cache: dict[int, Working] = {}
@@ -145,8 +145,8 @@ class Part:
         if self._augment is not None:
             words = uniform_u32("finetune/augment", self._seed, example.sample_id, epoch, 6)
             pixels, view = augment_image(pixels, self._augment, words)
-        truth = self._targets.load(example, self._classes, copy.size_px)
-        placed = self._targets.place(truth, view, self._size_px)
+        truth = self.targets.load(example, self._classes, copy.size_px)
+        placed = self.targets.place(truth, view, self._size_px)
         return squash(pixels, self._size_px), placed, truth, copy
 
     def batches(self, order: Iterable[tuple[int, list[int]]], *, workers: int = 0) -> Generator[Batch, None, None]:
@@ -168,8 +168,8 @@ class Part:
         images, placed, truth, copies = zip(*(self.item(index, epoch) for index in indices), strict=True)
         sample_ids = tuple(self.examples[index].sample_id for index in indices)
         sizes, spacing = tuple(copy.size_px for copy in copies), tuple(copy.spacing_mm for copy in copies)
-        placed_target = self._targets.collate(placed)
-        return Batch(torch.stack(images), placed_target, sample_ids, truth, sizes, spacing_mm=spacing)
+        target = self.targets.collate(placed)
+        return Batch(torch.stack(images), target, sample_ids, truth, sizes, spacing_mm=spacing, epoch=epoch)
 
     def _working_copy(self, index: int) -> Working:
         if index in self._cache:

@@ -1,4 +1,4 @@
-"""A model folder that timm reads as it is, classes included."""
+"""A model folder: what timm reads as it is, classes included, or with a head of ours an encoder and that head."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from shared.artifact import write_atomic
 from shared.backbones import CONFIG, WEIGHTS
 from shared.errors import CorruptError, MwmError
+from stage3_finetune.heads import Headed
 
 
 @dataclass(frozen=True)
@@ -41,21 +42,27 @@ def export_model(
     model_args: Mapping[str, Any],
     classes: Sequence[str],
     preprocessing: Preprocessing,
+    about: Mapping[str, Any] | None = None,
 ) -> None:
     """Write what ``timm.create_model("local-dir:FOLDER", pretrained=True)`` loads: weights, classes, input.
 
+    A `Headed` model is none of timm's: its architecture is named so that timm refuses it instead of filling it up with
+    random weights.
+
     Args:
-        model: A timm model with its classifier.
+        model: A timm model with its classifier, or `Headed`.
         folder: Created if absent.
         architecture: timm's name.
         model_args: Arguments of ``timm.create_model`` beside the number of classes and channels.
         classes: Names in the order of the outputs; timm hands them on as ``label_names``.
         preprocessing: Stored in timm's terms.
+        about: What timm does not ask for: the task, its head.
     """
-    timm_model: Any = model
+    headed = isinstance(model, Headed)
+    timm_model: Any = model.encoder if headed else model
     side = preprocessing.size_px
     config = {
-        "architecture": architecture,
+        "architecture": f"mwm-{(about or {})['head']}:{architecture}" if headed else architecture,
         "num_classes": len(classes),
         "num_features": timm_model.num_features,
         "label_names": list(classes),
@@ -72,6 +79,7 @@ def export_model(
             "first_conv": timm_model.pretrained_cfg.get("first_conv"),
             "classifier": timm_model.pretrained_cfg.get("classifier"),
         },
+        **({} if about is None else {"mwm": dict(about)}),
     }
     write_model(model, folder, config)
 

@@ -15,9 +15,11 @@ from shared.pseudonyms import unsalted
 from shared.runlog import RunLog, duration
 from shared.workspace import look
 from stage3_finetune.config import FinetuneConfig
-from stage3_finetune.contracts import Batch
+from stage3_finetune.contracts import Batch, Remembering
 from stage3_finetune.data import Part, also_in_train
-from stage3_finetune.train import Ready, Run, prepare
+from stage3_finetune.features import FeaturePart
+from stage3_finetune.run import Run
+from stage3_finetune.train import Ready, prepare
 
 _NEW, _AGAIN = 2, 1
 _METRICS_BYTES = 130
@@ -56,7 +58,7 @@ def rehearse(
         MwmError: What `finetune` would refuse before, or in, its first steps.
     """
     refuse_unusable(out)
-    ready = prepare(config, images=images, labels=labels, encoder=encoder)
+    ready = prepare(config, images=images, labels=labels, encoder=encoder, planned=planned)
     config, table = ready.config, ready.labels
     unlabelled = len(ready.sources) - len(table.examples)
     found = {"labels": table.line(), "start": ready.start.line}
@@ -82,19 +84,25 @@ def rehearse(
 def _try(ready: Ready, out: Path, standing: str, found: dict[str, str], warnings: list[str], begun: int) -> Forecast:
     config = ready.config
     run = ready.run(out, RunLog(out))  # the log is never entered: it writes nothing
-    part = run.part("train", config.augment)
+    part = run.part("train")
     per_epoch = steps_per_epoch(len(part), config.batch_size)
     batch = -(-len(part) // per_epoch)
-    model = run.ready()
-    seconds = rehearse_steps(model, _batches(part, batch), run.loss, run.plan(per_epoch), _NEW + _AGAIN)
+    model = run.trained
+    run.ready()
+    epochs = config.epochs
+    if isinstance(run.task, Remembering) and run.task.remembers:
+        epochs, seconds = 0, _remember(run.task, part, batch)
+    else:
+        seconds = rehearse_steps(model, _batches(part, batch), run.loss, run.plan(per_epoch), _NEW + _AGAIN)
     scoring_s, resampling_s = _scoring_s(run, part, batch)
     reading, again = sum(seconds[1:_NEW]) / (_NEW - 1), sum(seconds[_NEW:]) / _AGAIN
     cached = min(int(part.bytes_an_image * len(part)), config.cache_mib << 20)
     again = min(reading, again) if part.bytes_an_image * len(part) <= config.cache_mib << 20 else reading
-    steps = config.epochs * per_epoch
+    steps = max(1, epochs) * per_epoch
     held = {split: len(ready.labels.part(split)) for split in ("val", "test")}
     wall = seconds[0] + max(0, min(steps, per_epoch) - begun) * reading + max(0, steps - max(begun, per_epoch)) * again
-    wall += (config.epochs * held["val"] + 2 * held["val"] + held["test"]) * scoring_s
+    wall += (epochs * held["val"] + 2 * held["val"] + held["test"]) * scoring_s
+    wall += sum(held.values()) / batch * reading if run.keeps_features else 0.0
     wall += resampling_s * (3 if held["val"] else 1)
     weights = sum(value.nbytes for value in model.state_dict().values())
     trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
@@ -120,7 +128,7 @@ def _try(ready: Ready, out: Path, standing: str, found: dict[str, str], warnings
     )
 
 
-def _batches(part: Part, batch: int) -> Iterator[tuple[Batch, tuple[str, ...]]]:
+def _batches(part: Part | FeaturePart, batch: int) -> Iterator[tuple[Batch, tuple[str, ...]]]:
     """Batches of new images, then the same again; where there are fewer images than that, they come round."""
     plan = [(0, [(number * batch + place) % len(part) for place in range(batch)]) for number in range(_NEW)]
     plan += [(1, [place % len(part) for place in range(batch)])] * _AGAIN
@@ -128,7 +136,19 @@ def _batches(part: Part, batch: int) -> Iterator[tuple[Batch, tuple[str, ...]]]:
         yield made, made.sample_ids
 
 
-def _scoring_s(run: Run, part: Part, batch: int) -> tuple[float, float]:
+def _remember(task: Remembering, part: Part | FeaturePart, batch: int) -> list[float]:
+    """As many seconds as steps are tried: of a task that makes none, for the images of each."""
+    seconds, seen, source = [], [], _batches(part, batch)
+    for _ in range(_NEW + _AGAIN):
+        started = time.perf_counter()
+        seen.append(next(source)[0])
+        seconds.append(time.perf_counter() - started)
+    with torch.no_grad():
+        task.remember(seen, seen)
+    return seconds
+
+
+def _scoring_s(run: Run, part: Part | FeaturePart, batch: int) -> tuple[float, float]:
     """Seconds to score an image, decoding left out (the batch has been read before), and to resample the test part."""
     model = run.task.model
     mode = model.training

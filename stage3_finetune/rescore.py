@@ -45,7 +45,7 @@ def rescore(folder: Path, card: Card) -> list[str]:
         recorded = metrics.get("best_on_val")
         test = recorded.get("test") if isinstance(recorded, Mapping) else None
         found += differences("best_on_val.test", test, best.scores(seed=seed, resamples=resamples).as_dict())
-    start = "encoder" if card.identity.inputs else "scratch"
+    start = "encoder" if card.identity.inputs else "weights" if "weights" in card.identity.spec else "scratch"
     found += differences("start", metrics.get("start"), start)
     return found
 

@@ -1,18 +1,20 @@
-"""What training starts from: a published encoder, or the same architecture with random weights."""
+"""What training starts from: a published encoder, weights of timm's, or an architecture with random weights."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from shared.artifact import Card, Input, file_sha256, open_artifact
+from shared.artifact import CARD, Card, Input, file_sha256, open_artifact
 from shared.backbones import CONFIG, Backbone, build, load_encoder, resize
 from shared.errors import ConfigError, CorruptError
 from shared.merkle import tensor_digest
 from stage3_finetune.config import FinetuneConfig
 from stage3_finetune.export import Preprocessing
+from stage3_finetune.timm_weights import PREFIX, Found, read_folder, read_named
 
 FROM_SCRATCH = "resnet18"
 _FOLDER = "encoder"
@@ -28,8 +30,9 @@ class Start:
         backbone: On the CPU.
         mean: Subtracted from each channel of an image in [0, 1].
         std: Then divided by.
-        inputs: The encoder as an input of the run; empty from scratch.
+        inputs: The published encoder as an input of the run; else empty.
         line: One line for the log.
+        weights: Of other weights than a published encoder's, where they come from and their digest; else empty.
     """
 
     backbone: Backbone
@@ -37,6 +40,12 @@ class Start:
     std: tuple[float, ...]
     inputs: tuple[Input, ...]
     line: str
+    weights: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def kind(self) -> str:
+        """``encoder``, ``weights`` or ``scratch``."""
+        return "encoder" if self.inputs else "weights" if self.weights else "scratch"
 
     def preprocessing(self, size_px: int) -> Preprocessing:
         """How an image becomes this model's input."""
@@ -49,7 +58,8 @@ def start_from(config: FinetuneConfig, encoder: str | None) -> Start:
     Args:
         config: Its ``backbone``, ``backbone_options`` and ``channels`` must be ``auto`` (empty) or the
             encoder's. Position embeddings are interpolated to its ``size_px``.
-        encoder: ``PATH[@sha256:...]``, or None.
+        encoder: ``PATH[@sha256:...]`` of a published encoder, a folder that timm reads (``config.json`` and
+            ``model.safetensors``), ``timm:NAME[.TAG]``, or None.
 
     Raises:
         ConfigError: The settings name another architecture than the encoder's; ``freeze`` from scratch.
@@ -58,6 +68,10 @@ def start_from(config: FinetuneConfig, encoder: str | None) -> Start:
     """
     if encoder is None:
         return _random(config)
+    if encoder.startswith(PREFIX):
+        return _timm(config, read_named(encoder.removeprefix(PREFIX), config))
+    if (Path(encoder) / CONFIG).is_file() and not (Path(encoder) / CARD).exists():
+        return _timm(config, read_folder(Path(encoder), config))
     folder, card = open_artifact(encoder, "encoder")
     _check_files(folder, card)
     backbone = load_encoder(folder / _FOLDER)
@@ -88,9 +102,30 @@ def start_from(config: FinetuneConfig, encoder: str | None) -> Start:
     return start
 
 
+def _timm(config: FinetuneConfig, found: Found) -> Start:
+    if config.backbone not in ("auto", found.backbone.name):
+        raise ConfigError(
+            f"backbone: {config.backbone}, the weights are of {found.backbone.name}",
+            hint="leave it at 'auto': the weights say what they are",
+        )
+    weights = tensor_digest({name: value.numpy() for name, value in found.backbone.model.state_dict().items()})
+    backbone = resize(found.backbone, config.size_px)
+    return Start(
+        backbone,
+        found.mean,
+        found.std,
+        (),
+        f"weights {weights[:16]} of {found.source}: {found.told}, a new head on top",
+        {"source": found.source, "architecture": backbone.name, "sha256": weights},
+    )
+
+
 def _random(config: FinetuneConfig) -> Start:
     if config.freeze:
-        raise ConfigError("freeze: a frozen encoder with random weights learns nothing", hint="give --encoder")
+        raise ConfigError(
+            "freeze (as in every probe, knn too): a frozen encoder with random weights learns nothing",
+            hint="give --encoder",
+        )
     name = FROM_SCRATCH if config.backbone == "auto" else config.backbone
     channels = 1 if config.channels == "auto" else config.channels
     args = dict(config.backbone_options)

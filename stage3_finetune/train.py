@@ -8,109 +8,35 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from jaxtyping import Float32
-from torch import Tensor
 
 from shared import ranks
-from shared.artifact import Artifact, Input, publish
+from shared.artifact import Artifact, publish
 from shared.config import dump_yaml, validate
 from shared.config import spec as config_spec
 from shared.cores import resolve_threads
 from shared.errors import ConfigError, CorruptError
-from shared.images import Source, find_sources, read_image
+from shared.images import Source, find_sources
 from shared.lease import Lease
 from shared.loop import VERSION as LOOP_VERSION
 from shared.loop import fit
 from shared.merkle import tensor_digest
-from shared.optimizer import Plan
 from shared.order import schedule, steps_per_epoch
 from shared.runlog import RunLog, scrub
 from shared.workspace import begin, set_aside
-from stage3_finetune.config import AugmentConfig, FinetuneConfig
-from stage3_finetune.contracts import Batch, Predictions, Scores, Targets, Task
+from stage3_finetune.config import FinetuneConfig
+from stage3_finetune.contracts import Batch, Predictions, Remembering, Scores, Settling, Targets
 from stage3_finetune.data import Part, also_in_train, digest_images, plain_order
+from stage3_finetune.features import FeaturePart
 from stage3_finetune.labels import Labels, load_labels
+from stage3_finetune.run import Run
 from stage3_finetune.start import Start, start_from
 from stage3_finetune.summary import write_report
 from stage3_finetune.tasks import TASKS
 from stage3_finetune.validation import BestOnVal
 
-VERSION = 1
+VERSION = 2
 """Raised when equal inputs and settings give other results."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """What the steps of one run share."""
-
-    config: FinetuneConfig
-    labels: Labels
-    targets: Targets
-    sources: Mapping[str, Source]
-    sha256: Mapping[str, str]
-    start: Start
-    task: Task
-    out: Path
-    log: RunLog
-
-    def part(self, split: str, augment: AugmentConfig | None = None) -> Part:
-        """One part of the table with its images."""
-        return Part(
-            self.labels.part(split),
-            self.labels.classes,
-            self.targets,
-            sources=self.sources,
-            sha256=self.sha256,
-            size_px=self.config.size_px,
-            channels=self.start.backbone.in_chans,
-            augment=augment,
-            seed=self.config.seed,
-            cache_bytes=self.config.cache_mib << 20,
-        )
-
-    def predict(self, part: Part) -> Predictions:
-        """Predictions of the model as it is."""
-        model = self.task.model
-        mode = model.training
-        model.eval()
-        order = plain_order(len(part), self.config.batch_size)
-        with torch.no_grad():
-            answers = [answer for batch in part.batches(order) for answer in self.task.predict(batch)]
-        model.train(mode)
-        return self.task.collect(part.examples, answers)
-
-    def ready(self) -> Any:
-        """The model in training, its frozen parameters marked."""
-        config, model = self.config, self.task.model
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(not config.freeze or name in self.task.head)
-        return model.train(not config.freeze)  # a frozen encoder keeps its batch statistics too
-
-    def pixels(self, sample_id: str) -> Float32[np.ndarray, "C H W"]:
-        """An image as it is read."""
-        return read_image(self.sources[sample_id]).pixels
-
-    def plan(self, per_epoch: int) -> Plan:
-        """How to optimise, with so many steps an epoch."""
-        config = self.config
-        return Plan(
-            steps=config.epochs * per_epoch,
-            lr=config.lr,
-            warmup_steps=config.warmup_epochs * per_epoch,
-            lr_end=config.min_lr,
-            weight_decay=config.weight_decay,
-            betas=(0.9, 0.999),
-            clip_norm=config.clip_norm,
-            seed=config.seed,
-            checkpoint_s=config.save_every_s,
-            checkpoint_steps=config.save_every_steps,
-        )
-
-    def loss(self, batch: Batch, index: int) -> dict[str, Tensor]:
-        """Scalars of a step with ``loss``."""
-        return self.task.loss(batch)
 
 
 def finetune(
@@ -167,7 +93,12 @@ def finetune(
             if unlabelled := len(ready.sources) - len(table.examples):
                 log.info(f"{unlabelled} images have no row in the labels and are left out")
             run = ready.run(out, log)
-            outputs, metrics = _finish(run, _train(run), start.inputs)
+            learnt: dict[str, int] = {}
+            if isinstance(run.task, Remembering) and run.task.remembers:
+                best, learnt = None, _remember(run, run.task)
+            else:
+                best = _train(run)
+            outputs, metrics = _finish(run, best, learnt)
         card = publish(
             out, kind="model", inputs=start.inputs, spec=ready.spec, outputs=outputs, command=command, metrics=metrics
         )
@@ -202,8 +133,11 @@ class Ready:
         return Run(config, self.labels, self.targets, self.sources, self.sha256, start, task, out, log)
 
 
-def prepare(config: FinetuneConfig, *, images: Path, labels: Path, encoder: str | None) -> Ready:
-    """Open the inputs and refuse what does not fit; arguments and errors as `finetune`."""
+def prepare(config: FinetuneConfig, *, images: Path, labels: Path, encoder: str | None, planned: bool = False) -> Ready:
+    """Open the inputs and refuse what does not fit; arguments and errors as `finetune`.
+
+    ``planned``: the encoder is yet to be made, random weights stand in for it.
+    """
     task_class = TASKS.load(config.task)
     options = validate(task_class.Options, config.options)
     sources = {source.sample_id: source for source in find_sources(images)}
@@ -220,7 +154,9 @@ def prepare(config: FinetuneConfig, *, images: Path, labels: Path, encoder: str 
         seed=config.seed,
     )
     options = getattr(targets, "options", options)
-    start = start_from(config, encoder)
+    if isinstance(task_class, Settling):
+        options, config = task_class.settle(options, config, targets)
+    start = start_from(config.model_copy(update={"freeze": False}) if planned else config, encoder)
     config = _resolve(config, start, options.model_dump())
     sha256, images_sha256 = digest_images(sources, table.examples)
     spec = {
@@ -228,7 +164,8 @@ def prepare(config: FinetuneConfig, *, images: Path, labels: Path, encoder: str 
         "config": config_spec(config),
         "labels": {"rows": len(table.examples), "sha256": table.sha256},
         "images": {"rows": len(table.examples), "sha256": images_sha256},
-        "numeric": {"device": config.device, "dtype": "float32", "threads": config.threads},
+        "numeric": {"device": config.device, "dtype": config.precision, "threads": config.threads},
+        **({"weights": dict(start.weights)} if start.weights else {}),
     }
     return Ready(config, options, table, targets, sources, sha256, start, spec)
 
@@ -248,17 +185,30 @@ def _resolve(config: FinetuneConfig, start: Start, options: dict[str, Any]) -> F
             "channels": start.backbone.in_chans,
             "device": device,
             "threads": resolve_threads(config.threads),
+            "augment": config.augment.model_copy(
+                update={"use": not config.freeze if config.augment.use == "auto" else config.augment.use}
+            ),
         }
     )
 
 
 def _train(run: Run) -> BestOnVal | None:
     """Train to the last epoch, or continue; the test part is not even opened here."""
-    config, model = run.config, run.ready()
-    part = run.part("train", config.augment)
+    config, module = run.config, run.trained
+    run.ready()
+    part, held = run.part("train"), run.part("val") if run.labels.part("val") else None
+    _embed(run, part, held)
     ids = [example.sample_id for example in part.examples]
     per_epoch = steps_per_epoch(len(ids), config.batch_size)
-    best = BestOnVal(model, run.part("val"), run.predict, run.log, per_epoch) if run.labels.part("val") else None
+    best = BestOnVal(module, held, run.predict, run.log, per_epoch) if held is not None else None
+    scales = run.lr_scales()
+    if config.layer_decay_milli != 1000:
+        told = (
+            f"from {min(scales.values()):.3g} at the stem to 1 at the head"
+            if scales
+            else "no effect: no encoder is trained"
+        )
+        run.log.info(f"layer_decay_milli {config.layer_decay_milli}: {told}")
 
     def batches(begun: int) -> Iterator[tuple[Batch, tuple[str, ...]]]:
         order = schedule(ids, config.batch_size, config.seed, begun)
@@ -267,7 +217,7 @@ def _train(run: Run) -> BestOnVal | None:
                 yield batch, batch.sample_ids
 
     fit(
-        model,
+        module,
         batches,
         run.loss,
         run.plan(per_epoch),
@@ -275,15 +225,36 @@ def _train(run: Run) -> BestOnVal | None:
         log=run.log,
         extra=best,
         after_step=best.after_step if best else None,
+        lr_scale=scales.__getitem__ if scales else None,
     )
     return best
 
 
-def _finish(run: Run, best: BestOnVal | None, inputs: tuple[Input, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _embed(run: Run, *parts: Part | FeaturePart | None) -> None:
+    """Have the frozen encoder see these parts' images."""
+    for part in parts:
+        if isinstance(part, FeaturePart):
+            part.fill(lambda done, total: run.log.progress(done, total, "image"))
+            run.log.info(f"features of {len(part)} images, {part.bytes_an_image:.0f} bytes each, computed once")
+
+
+def _remember(run: Run, task: Remembering) -> dict[str, int]:
+    """Learn without a step; from the start again after an interruption."""
+    run.ready()
+    parts = [run.part(split) for split in ("train", "val") if run.labels.part(split)]
+    _embed(run, *parts)
+    orders = [part.batches(plain_order(len(part), run.config.batch_size)) for part in parts]
+    with torch.no_grad(), run.autocast():
+        learnt = task.remember(orders[0], orders[1] if len(orders) > 1 else ())
+    run.log.info(f"nothing to train; {', '.join(f'{name} {value}' for name, value in learnt.items())}")
+    return learnt
+
+
+def _finish(run: Run, best: BestOnVal | None, learnt: dict[str, int]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Predict, score and write everything but the card; the one place that opens the test part."""
     model = run.task.model
     weights = {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
-    splits = ("val", "test") if best else ("test",)
+    splits = ("val", "test") if run.labels.part("val") else ("test",)
     predictions = _predict_once(run, "predictions", splits)
     resampling = {"seed": run.config.seed, "resamples": run.config.resamples}
     scores: dict[str, Scores] = {split: predictions.part(split).scores(**resampling) for split in splits}
@@ -291,7 +262,7 @@ def _finish(run: Run, best: BestOnVal | None, inputs: tuple[Input, ...]) -> tupl
         for line in found.lines():
             run.log.info(f"{split}: {line}")
     metrics: dict[str, Any] = {
-        "start": "encoder" if inputs else "scratch",
+        "start": run.start.kind,
         **{split: found.as_dict() for split, found in scores.items()},
     }
     outputs: dict[str, Any] = {
@@ -299,13 +270,14 @@ def _finish(run: Run, best: BestOnVal | None, inputs: tuple[Input, ...]) -> tupl
         "predictions": predictions.sha256,
         "predictions_truth": predictions.truth_sha256,
         "classes": len(run.labels.classes),
-        "tensors_kept": len(weights) - len(run.task.head) if inputs else 0,
-        "tensors_new": len(run.task.head) if inputs else len(weights),
+        "tensors_kept": 0 if run.start.kind == "scratch" else len(weights) - len(run.task.head),
+        "tensors_new": len(weights) if run.start.kind == "scratch" else len(run.task.head),
+        **learnt,
         **{split: len(run.labels.part(split)) for split in ("train", *splits)},
     }
     beside = None
     if best:
-        model.load_state_dict(best.weights)
+        run.trained.load_state_dict(best.weights)
         others = _predict_once(run, "predictions_best_on_val", ("test",))
         model.load_state_dict(weights)
         outputs["predictions_best_on_val"] = others.sha256
@@ -316,11 +288,11 @@ def _finish(run: Run, best: BestOnVal | None, inputs: tuple[Input, ...]) -> tupl
         run.out,
         scores["test"],
         beside=beside,
-        pictures=predictions.part("test").pictures(run.pixels),
         per_epoch=steps_per_epoch(outputs["train"], run.config.batch_size),
         resamples=run.config.resamples,
         facts=_facts(run),
         warnings=run.log.warnings,
+        pictures=predictions.part("test").pictures(run.pixels),
     )
     return outputs, metrics
 

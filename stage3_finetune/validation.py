@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from shared.runlog import RunLog
 from stage3_finetune.contracts import Predictions
 from stage3_finetune.data import Part
+from stage3_finetune.features import FeaturePart
 
 
 class BestOnVal:
@@ -32,8 +33,8 @@ class BestOnVal:
     def __init__(
         self,
         model: nn.Module,
-        part: Part,
-        predict: Callable[[Part], Predictions],
+        part: Part | FeaturePart,
+        predict: Callable[[Part | FeaturePart], Predictions],
         log: RunLog,
         per_epoch: int,
     ) -> None:

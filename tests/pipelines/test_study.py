@@ -15,7 +15,7 @@ import yaml
 from PIL import Image
 
 from pipelines.study_config import StudyConfig
-from pipelines.study_plan import fold_rows, plan, read_corpus, targets_of
+from pipelines.study_plan import fold_rows, plan, read_corpus
 from shared.artifact import read_card
 from shared.config import validate
 from shared.errors import ConfigError
@@ -152,19 +152,18 @@ def config(**changes: object) -> StudyConfig:
 def test_folds_keep_groups_whole_and_test_each_image_once(data: Path) -> None:
     study = config(folds=3)
     corpus = read_corpus(study, "discs", data)
-    targets = targets_of(study, "discs", corpus.labels)
     tested: list[str] = []
     for fold in range(3):
-        rows = fold_rows(corpus, targets, study, 0, fold)
+        rows = fold_rows(corpus, study, 0, fold)
         parts = {part: {row.group for row in rows if row.split == part} for part in ("train", "val", "test")}
         assert all(parts.values())
         assert not parts["train"] & parts["val"]
         assert not (parts["train"] | parts["val"]) & parts["test"]
         assert {row.label for row in rows if row.split == "test"} == {"a", "b"}
         tested += [row.sample_id for row in rows if row.split == "test"]
-        assert fold_rows(corpus, targets, study, 0, fold) == rows
+        assert fold_rows(corpus, study, 0, fold) == rows
     assert sorted(tested) == sorted(row.sample_id for row in corpus.examples)
-    assert fold_rows(corpus, targets, study, 1, 0) != fold_rows(corpus, targets, study, 0, 0)
+    assert fold_rows(corpus, study, 1, 0) != fold_rows(corpus, study, 0, 0)
 
 
 def test_whole_folds_come_first() -> None:
@@ -191,9 +190,13 @@ def test_labels_that_cannot_be_cut_into_folds_are_refused(data: Path, tmp_path: 
     (tmp_path / "discs.csv").write_text("\n".join(listed) + "\n")
     (tmp_path / "images").symlink_to(data / "images")
     study = config()
-    with pytest.raises(ConfigError, match=message):
+
+    def cut() -> None:
         corpus = read_corpus(study, "discs", tmp_path)
-        fold_rows(corpus, targets_of(study, "discs", corpus.labels), study, 0, 0)
+        fold_rows(corpus, study, 0, 0)
+
+    with pytest.raises(ConfigError, match=message):
+        cut()
 
 
 @pytest.mark.parametrize(
