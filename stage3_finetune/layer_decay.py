@@ -41,7 +41,7 @@ def layer_scales(encoder: nn.Module, model: nn.Module, head: Collection[str], *,
 def _layers(encoder: Any) -> dict[str, int]:
     """Layer by name of parameter, from 0 at the stem to that of `_HEAD`."""
     from timm.models import group_parameters
-    from timm.optim import auto_group_layers
+    from timm.optim import auto_group_layers  # type: ignore[attr-defined]
 
     if not hasattr(encoder, "group_matcher"):
         layers = dict(auto_group_layers(encoder))
