@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from types import SimpleNamespace
 from typing import Any
 
 from torch import nn
@@ -39,14 +40,13 @@ def layer_scales(encoder: nn.Module, model: nn.Module, head: Collection[str], *,
 
 def _layers(encoder: Any) -> dict[str, int]:
     """Layer by name of parameter, from 0 at the stem to that of `_HEAD`."""
-    from timm.models import group_with_matcher
-    from timm.optim import auto_group_layers
+    from timm.models import group_parameters
+    from timm.optim import auto_group_layers  # type: ignore[attr-defined]
 
     if not hasattr(encoder, "group_matcher"):
         layers = dict(auto_group_layers(encoder))
         return {**layers, _HEAD: max(layers.values())}
-    named = [(name, None) for name, _ in encoder.named_parameters()]
-    found: dict[str, int] = group_with_matcher(
-        iter([*named, (_HEAD, None)]), encoder.group_matcher(coarse=False), reverse=True
-    )
+    names = [*(name for name, _ in encoder.named_parameters()), _HEAD]
+    named: Any = SimpleNamespace(named_parameters=lambda: ((name, None) for name in names))
+    found: dict[str, int] = group_parameters(named, encoder.group_matcher(coarse=False), reverse=True)
     return found

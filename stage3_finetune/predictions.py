@@ -7,7 +7,7 @@ import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int64
@@ -113,7 +113,7 @@ class ClassPredictions:
 
     def scores(self, *, seed: int, resamples: int) -> Scores:
         """Scores with intervals by group."""
-        how = {"classes": self.classes, "seed": seed, "resamples": resamples}
+        how: dict[str, Any] = {"classes": self.classes, "seed": seed, "resamples": resamples}
         if self.multi_label:
             return score_several(self.probability, self.truth, self.group, **how)
         return score(self.probability, self.label, self.group, **how)

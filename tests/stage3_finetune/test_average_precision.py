@@ -46,7 +46,7 @@ def scene(seed: int, images: int = 12, *, answers: bool = True, ties: bool = Tru
                 said.append((y + draw.normal(0, 3), x + draw.normal(0, 3), max(3.0, radius * draw.uniform(0.7, 1.3))))
         said += [disc(draw, size) for _ in range(draw.integers(0, 4))] if answers else []
         called += list(draw.integers(0, 3, len(said) - len(called)))
-        scores = draw.integers(1, 12, len(said)) * 80_000 if ties else draw.permutation(1_000_000)[: len(said)]
+        scores = draw.integers(1, 12, len(said)) * 80_000 if ties else draw.permutation(50)[: len(said)] * 20_000 + 1
         pairs.append((things(size, there, truth_label), things(size, said, called, scores)))
     return pairs
 
@@ -89,7 +89,7 @@ def reference(pairs: list[Pair], kind: str) -> COCOeval:
 
 
 @pytest.mark.parametrize("kind", ["box", "mask"])
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 def test_equal_to_pycocotools_and_to_faster_coco_eval(seed: int, kind: str) -> None:
     pairs = scene(seed)
     expected, other = reference(pairs, kind), evaluate(pairs, CLASSES, kind)

@@ -13,6 +13,7 @@ import pytest
 import timm
 import torch
 
+import stage3_finetune.run as run_parts
 import stage3_finetune.train as train
 from shared.artifact import Artifact, publish, read_card, verify
 from shared.backbones import build
@@ -143,6 +144,7 @@ def test_fresh_keeps_the_old_run_aside(run, quick, images, table, tmp_path) -> N
 
 def test_test_is_opened_after_training_and_never_again(run, monkeypatch, tmp_path) -> None:
     opened: list[str] = []
+    asked: list[Part] = []
 
     class Watched(Part):
         def __init__(self, examples, *others, **more) -> None:
@@ -156,19 +158,25 @@ def test_test_is_opened_after_training_and_never_again(run, monkeypatch, tmp_pat
         opened.append("trained")
         return result
 
-    monkeypatch.setattr(train, "Part", Watched)
+    monkeypatch.setattr(run_parts, "Part", Watched)
+    predict = run_parts.Run.predict
+    monkeypatch.setattr(run_parts.Run, "predict", lambda self, part: asked.append(part) or predict(self, part))
     monkeypatch.setattr(train, "fit", watched_fit)
     with monkeypatch.context() as broken:
         broken.setattr(train, "publish", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             run()
-    assert opened == ["train", "val", "trained", "val", "test", "test"]  # last epoch, then best on val
+    assert opened == ["train", "val", "trained", "test"]
+    test = [part for part in asked if part.examples[0].split == "test"]
+    assert asked[-2:] == test  # after training: the last epoch, then best on val
+    asked.clear()
     opened.clear()
     torn = tmp_path / "out" / ".predictions.csv.1.tmp"
     torn.touch()
     finished = run()
     assert not torn.exists()
-    assert opened == ["train", "val", "trained"]
+    assert opened[:3] == ["train", "val", "trained"]  # then the images of the worst cases, if any is wrong
+    assert asked == []
     assert finished.card.artifact_id == run(out="uninterrupted").card.artifact_id
 
 
