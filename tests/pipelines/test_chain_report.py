@@ -31,3 +31,14 @@ def test_the_page_says_how_long_each_artifact_took(finished: Chain) -> None:
     assert "<span>61.5 s</span>" in page
     assert "<span>7.2 s</span>" in page
     assert page.count(" s</span>") == 2  # the encoder was there already
+
+
+def test_each_task_shows_the_scores_that_it_has() -> None:
+    from types import SimpleNamespace
+    from typing import Any
+
+    from pipelines.chain_report import _rows
+
+    scores = {"dice": {"value": 0.9, "low": 0.8, "high": 1.0}, "iou": {"value": 0.8, "low": None, "high": None}}
+    card: Any = SimpleNamespace(provenance=SimpleNamespace(metrics={"test": scores}))
+    assert _rows(card) == [("Dice", 0.9, 0.8, 1.0)]

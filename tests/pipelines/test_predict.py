@@ -16,7 +16,10 @@ from pycocotools.coco import COCO
 
 import pipelines.predict as predicting
 from pipelines.answers import USUAL, WRITERS
+from pipelines.answers.contract import Asked, Place
+from pipelines.answers.nifti_files import NiftiFiles
 from shared.artifact import read_card
+from shared.images import find_sources
 from shared.orientation import Grid, to_canonical
 from shared.run_lengths import runs_of
 from stage3_finetune.export import Preprocessing
@@ -141,6 +144,21 @@ def test_volumes_come_back_on_their_own_affine(root: Path, tmp_path: Path, mwm) 
         label = np.asarray(Image.open(tmp_path / "flat" / item["file"]))
         assert label.any()
         assert (label != canonical[:, ::-1, number].T).mean() < 1e-2
+
+
+def test_a_volume_of_which_the_last_slice_cannot_be_read_is_written_all_the_same(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    nibabel.save(nibabel.Nifti1Image(np.zeros((4, 5, 2), np.uint8), np.eye(4)), tmp_path / "v.nii")
+    sources = find_sources(tmp_path)
+    writer = NiftiFiles(Asked(tmp_path / "out", ("disc",), "labels", False, "0" * 64, sources))
+    writer.put(Place(0, sources[0], (5, 4)), SimpleNamespace(label=np.ones((5, 4), np.uint8)))
+    writer.skip(sources[1])
+    writer.close()
+    (row,) = rows(tmp_path / "out/volumes.csv")
+    assert (row["slices"], row["missing_slices"]) == ("1", "1")
+    found = np.asanyarray(nibabel.load(tmp_path / "out" / row["file"]).dataobj)
+    assert found[:, :, 0].all()
+    assert not found[:, :, 1].any()
 
 
 def test_probabilities_are_those_of_the_model(finished: Chain, tmp_path: Path, mwm) -> None:

@@ -90,6 +90,8 @@ def test_large_images_are_kept_small(tmp_path) -> None:
     image = big.item(0, 0)[0]
     assert image.shape == (3, 32, 32)
     assert torch.allclose(image[0, 16], torch.linspace(0, 1, 32), atol=0.03)
+    made = big.make((0, [0]))
+    assert (made.sizes_px, made.spacing_mm) == (((200, 400),), (None,))
     (tmp_path / "big.png").unlink()
     assert torch.equal(big.item(0, 0)[0], image)  # the working copy of 32 x 64 just fits the cache
 
