@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -14,13 +13,13 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, normalize, one_hot
 
-from shared.backbones import CONFIG, WEIGHTS, Backbone, build
+from shared.backbones import Backbone, build
 from shared.config import Strict
-from shared.errors import ConfigError, CorruptError
+from shared.errors import ConfigError
 from stage3_finetune.class_targets import BETWEEN, ClassTargets
 from stage3_finetune.config import FinetuneConfig
 from stage3_finetune.contracts import Batch, Example
-from stage3_finetune.export import Preprocessing, export_model
+from stage3_finetune.export import Preprocessing, export_model, read_model, take_weights, told_as_corrupt
 from stage3_finetune.heads import Headed, Neighbours, put_attention, put_classifier
 from stage3_finetune.metrics import THRESHOLD
 from stage3_finetune.mixup import draw_mixup, mix
@@ -232,17 +231,12 @@ class Classify:
         Raises:
             CorruptError: No such folder, a file is not what was written, or a tensor is missing, unknown or misshapen.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import load
-
-        try:
-            stored = json.loads((folder / CONFIG).read_bytes())
-            state, about, input_ = load((folder / WEIGHTS).read_bytes()), stored["mwm"], stored["pretrained_cfg"]
-            args = dict(stored["model_args"])
+        stored, state = read_model(folder)
+        with told_as_corrupt(folder):
+            about, input_, args = stored["mwm"], stored["pretrained_cfg"], dict(stored["model_args"])
             channels, stride = args.pop("in_chans"), args.pop("output_stride", None)
-            options = ClassifyOptions(
-                **{name: about[name] for name in ("head", "multi_label", "k", "temperature_milli") if name in about}
-            )
+            known = {name: about[name] for name in ("head", "multi_label", "k", "temperature_milli") if name in about}
+            options = ClassifyOptions(**known)
             name = stored["architecture"].removeprefix(f"mwm-{options.head}:")
             backbone = build(name, in_chans=channels, output_stride=stride, model_args=args)
             preprocessing = Preprocessing(
@@ -252,11 +246,7 @@ class Classify:
             if options.head == "knn":
                 neighbours: Any = task.model.get_submodule("head")
                 neighbours.remember(state["head.features"], state["head.targets"])
-            task.model.load_state_dict(state)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
-            told = str(error).splitlines()[-1].strip()
-            raise CorruptError(f"{folder}: not a classifier: {type(error).__name__}: {told}") from None
-        task.model.eval()
+        take_weights(task.model, state, folder)
         return task
 
     def _normalise(self, image: Float32[Tensor, "B C S S"]) -> Float32[Tensor, "B C S S"]:

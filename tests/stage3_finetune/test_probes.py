@@ -117,7 +117,7 @@ def test_an_attention_head_comes_back_and_timm_refuses_it(run: Run, images: Path
 
 def check_loaded(made: Artifact, images: Path) -> None:
     """The published folder predicts what the published table says."""
-    opened, table = Classify.load(made.path / "model"), predicted(made)
+    opened, table = Classify.restore(made.path / "model"), predicted(made)
     assert opened.classes == table.classes
     sources = {source.sample_id: source for source in find_sources(images)}
     pixels = [torch.from_numpy(read_image(sources[row.sample_id]).pixels)[None] for row in table.examples]
@@ -150,7 +150,7 @@ def test_a_damaged_head_is_no_classifier(run: Run) -> None:
         (folder / "config.json").read_text().replace('"head": "attention"', '"head": 3')
     )
     with pytest.raises(CorruptError, match="not a classifier"):
-        Classify.load(folder)
+        Classify.restore(folder)
 
 
 def test_the_order_of_batches_does_not_change_features(run: Run, monkeypatch) -> None:
