@@ -184,15 +184,16 @@ def score(
         matches = [match(pairs, label, kind) for label in range(len(classes))]
         measured = bootstrap_many(_measure(matches), group, seed=seed, resamples=resamples)
         undefined = measured[0][1]
+        ap, ap50, ap75, ar = (interval for interval, _ in measured)
         by_size, by_class = coco_scores(pairs, classes, kind)
-        kinds[kind] = KindScores(*(interval for interval, _ in measured), by_size, by_class)
+        kinds[kind] = KindScores(ap, ap50, ap75, ar, by_size, by_class)
     things = {name: int(sum((truth.labels == k).sum() for truth, _ in pairs)) for k, name in enumerate(classes)}
     return DetectScores(kinds["box"], kinds.get("mask"), things, len(pairs), len(set(group)), resamples, undefined)
 
 
 def at_a_glance(pairs: Sequence[Pair], classes: int, *, masks: bool) -> dict[str, float]:
     """AP and AP at .50 of boxes and, with masks, of masks; NaN without any thing."""
-    found = {}
+    found: dict[str, float] = {}
     for kind in ("mask", "box") if masks else ("box",):
         values = _measure([match(pairs, label, kind) for label in range(classes)])(np.ones((1, len(pairs)), np.int64))
         found |= {f"{kind}_{name}": float(value) for name, value in zip(_MEASURED[:2], values[0], strict=False)}

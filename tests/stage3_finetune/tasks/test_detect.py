@@ -54,12 +54,12 @@ def batch(masks: bool = True) -> Batch:
 
 @pytest.fixture(scope="module")
 def trained() -> Detect:
-    """Forty steps on one batch."""
+    """Eighty steps on one batch."""
     torch.manual_seed(0)
     one = task(score_milli=300)
     one.model.train()
     optimizer = torch.optim.AdamW(one.model.parameters(), lr=3e-3)
-    for _ in range(40):
+    for _ in range(80):
         optimizer.zero_grad()
         one.loss(batch())["loss"].backward()
         torch.nn.utils.clip_grad_norm_(one.model.parameters(), 1.0)
