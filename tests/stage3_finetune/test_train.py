@@ -224,8 +224,8 @@ def test_bad_inputs_leave_no_folder(run, table, encoder, tmp_path) -> None:
         run(freeze=True)
     with pytest.raises(ConfigError, match=r"label_smoothing: unknown key. Did you mean 'label_smoothing_milli'"):
         run(options={"label_smoothing": 0.1})
-    with pytest.raises(ConfigError, match="unknown task 'detect'"):
-        run(task="detect")
+    with pytest.raises(ConfigError, match="unknown task 'detekt'"):
+        run(task="detekt")
     with pytest.raises(ConfigError, match="threads: 100000, expected 1 to"):
         run(threads=100_000)
     assert not (tmp_path / "out").exists()
