@@ -7,6 +7,7 @@ by hand. The same command again continues; whole folds come first, and after eac
 from __future__ import annotations
 
 import ctypes
+import json
 import shlex
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import rfc8785
 import yaml
 
 from pipelines.study_config import StudyConfig
@@ -29,13 +31,14 @@ from shared.config import spec as config_spec
 from shared.errors import InterruptedRun, MwmError
 from shared.lease import Lease
 from shared.signals import Signals
-from shared.workspace import begin, set_aside
+from shared.workspace import refuse_other, set_aside
 from stage2_pretrain.config import PretrainConfig
 from stage3_finetune.config import FinetuneConfig
 
 VERSION = 1
 """Raised when an equal study gives other results."""
 COMMANDS = "run/commands.txt"
+_SPEC = "run/study.json"
 _DEATH_SIGNAL = 1
 """``PR_SET_PDEATHSIG`` of Linux."""
 
@@ -146,7 +149,7 @@ def run_study(
         "labels": {name: corpus.sha256 for name, corpus in corpora.items()},
     }
     with Lease(out):
-        begin(out, kind="study", inputs=(), spec=spec, resolved=dump_yaml(config))
+        _begin(out, spec, config)
         children = Children(out)
         stores = {name: _stores(config, corpus, images, out, children) for name, corpus in corpora.items()}
         for corpus in corpora.values():
@@ -159,6 +162,16 @@ def run_study(
         write_atomic(out / COMMANDS, "".join(_told(step) for run in runs for step in steps[run]).encode())
         _run_all(steps, children, config.jobs, lambda: publish_study(config, corpora, out, command))
         return publish_study(config, corpora, out, command)
+
+
+def _begin(out: Path, spec: dict[str, Any], config: StudyConfig) -> None:
+    """Refuse a folder that holds another study; the folder is no artifact, what it says is in ``study``."""
+    (out / "run").mkdir(exist_ok=True)
+    path, wanted = out / _SPEC, rfc8785.dumps(spec)
+    if path.exists() and (found := path.read_bytes()) != wanted:
+        refuse_other(out, {"spec": json.loads(found)}, {"spec": spec}, True)
+    write_atomic(path, wanted)
+    write_atomic(out / "run/study.yaml", dump_yaml(config).encode())
 
 
 def _stores(config: StudyConfig, corpus: Corpus, images: Path, out: Path, children: Children) -> dict[str, str]:

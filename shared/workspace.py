@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import rfc8785
 
@@ -76,13 +76,13 @@ def look(
         card = read_card(out, kind)
         if card.spec_digest != spec_digest(inputs, spec):
             identity = card.identity.model_dump(mode="json")
-            _refuse(out, {key: identity[key] for key in ("kind", "inputs", "spec")}, wanted, has_fresh)
+            refuse_other(out, {key: identity[key] for key in ("kind", "inputs", "spec")}, wanted, has_fresh)
         return "done", card
     refuse_unwritable(out)
     if (out / SPEC).exists():
         found = _read_spec(out, has_fresh)
         if rfc8785.dumps(found) != rfc8785.dumps(wanted):
-            _refuse(out, found, wanted, has_fresh)
+            refuse_other(out, found, wanted, has_fresh)
         return "continue", None
     if out.is_dir() and any(path.name not in (LEASE, "run") for path in out.iterdir() if not _draft(path)):
         raise UsageError(f"{out}: not empty, and not a run of mwm", hint="name another folder with --out")
@@ -158,7 +158,8 @@ def _anew(has_fresh: bool) -> str:
     return "--fresh to keep the folder aside and start anew" if has_fresh else "name another folder with --out"
 
 
-def _refuse(out: Path, found: Mapping[str, Any], wanted: Mapping[str, Any], has_fresh: bool) -> None:
+def refuse_other(out: Path, found: Mapping[str, Any], wanted: Mapping[str, Any], has_fresh: bool) -> NoReturn:
+    """Raise SpecMismatchError for a folder that holds another run; names the keys that differ."""
     keys = sorted(_differing(found, wanted, ""))
     shown = ", ".join(keys[:6]) + (f" and {len(keys) - 6} more" if len(keys) > 6 else "")
     raise SpecMismatchError(

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from pipelines.study import run_settings
 from pipelines.study_config import StudyConfig
 from pipelines.study_plan import fold_rows, plan, read_corpus
 from shared.artifact import read_card
@@ -43,7 +45,7 @@ RECIPE = {
         {"text": "pretraining helps", "corpus": "discs", "endpoint": "full", "score": "accuracy", "arm": "uniform",
          "than": "scratch", "milli": 31},
     ],
-    "localize": {"grounder": "contrast", "segmenter": "boxfill", "grid_px": 64},
+    "localize": {"grounder": "contrast", "segmenter": "boxfill", "grid_px": 64, "workers": 0},
     "pretrain": {"method": {"name": "spark", "decoder_width": 32}, "backbone": "test_resnet", "backbone_options": {},
                  "size_px": 64, "epochs": 1, "warmup_epochs": 0, "batch_size": 16, "threads": 1, "pictures": 0},
     "finetune": {"size_px": 64, "epochs": 1, "warmup_epochs": 0, "batch_size": 16, "threads": 1, "resamples": 100},
@@ -87,7 +89,9 @@ def command(recipe: Path, data: Path, out: Path, *more: str) -> list[str]:
 @pytest.mark.slow
 def test_a_study_is_stopped_continued_published_and_audited(data: Path, tmp_path: Path) -> None:
     out, environment = tmp_path / "out", {**os.environ, "OMP_NUM_THREADS": "1"}
-    told = command(recipe(tmp_path), data, out)
+    discs = {**RECIPE["corpora"]["discs"], "endpoints": {"full": {}}}
+    corpora = {"discs": discs}
+    told = command(recipe(tmp_path, corpora=corpora), data, out)
     first = subprocess.Popen(told, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
     begun = out / "discs/round-0/fold-0"
     while not (done := list(begun.glob("*/full/artifact.json"))) and first.poll() is None:
@@ -105,7 +109,7 @@ def test_a_study_is_stopped_continued_published_and_audited(data: Path, tmp_path
     card = read_card(out / "study", "study")
     assert (card.identity.outputs["runs"], card.identity.outputs["of"]) == (4, 4)
     models = [item for item in card.identity.inputs if item.kind == "model"]
-    assert len(models) == 2 * 3  # a probe means nothing from scratch
+    assert len(models) == 2 * 2
     body = json.loads((out / "study/study.json").read_text())
     assert body["open"] == []
     tables = {table["endpoint"]: table for table in body["tables"]}
@@ -139,7 +143,7 @@ def test_a_study_is_stopped_continued_published_and_audited(data: Path, tmp_path
     assert audited.returncode == 0, audited.stdout
     assert "study" in audited.stdout
 
-    other = recipe(tmp_path, finetune={**RECIPE["finetune"], "lr": 0.01})
+    other = recipe(tmp_path, corpora=corpora, finetune={**RECIPE["finetune"], "lr": 0.01})
     refused = subprocess.run(command(other, data, out), cwd=ROOT, env=environment, capture_output=True, text=True)
     assert refused.returncode == 2
     assert "spec.config.finetune.lr" in refused.stderr
@@ -166,6 +170,15 @@ def test_folds_keep_groups_whole_and_test_each_image_once(data: Path) -> None:
     assert fold_rows(corpus, study, 1, 0) != fold_rows(corpus, study, 0, 0)
 
 
+def test_a_probe_means_nothing_from_scratch(tmp_path: Path) -> None:
+    scratch, uniform = plan(config())[:2]
+    assert list(run_settings(config(), scratch, tmp_path)) == ["full"]
+    found = run_settings(config(), uniform, tmp_path)
+    assert list(found) == ["pretrain", "full", "probe"]
+    assert (found["probe"].freeze, found["pretrain"].seed, found["full"].seed) == (True, 0, 0)
+    assert run_settings(config(), scratch, tmp_path)["full"].backbone == found["pretrain"].backbone
+
+
 def test_whole_folds_come_first() -> None:
     runs = plan(config(rounds=2))
     assert [(run.round, run.fold, run.arm) for run in runs][:3] == [
@@ -188,7 +201,7 @@ def test_labels_that_cannot_be_cut_into_folds_are_refused(data: Path, tmp_path: 
     (tmp_path / "labels.csv").write_text(text)
     listed = [line.rpartition(",")[0] for line in (data / "discs.csv").read_text().splitlines()]
     (tmp_path / "discs.csv").write_text("\n".join(listed) + "\n")
-    (tmp_path / "images").symlink_to(data / "images")
+    shutil.copytree(data / "images", tmp_path / "images")
     study = config()
 
     def cut() -> None:
