@@ -97,7 +97,9 @@ def pretrain(
 
 def finetune(
     images: Images,
-    labels: Annotated[Path, typer.Option(help="CSV: sample_id, label (or labels, target), optionally group, split; or COCO.")],
+    labels: Annotated[
+        Path, typer.Option(help="CSV: sample_id, label (or labels, target), optionally group, split; or COCO.")
+    ],
     out: Out,
     encoder: Annotated[
         str | None,
