@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,7 @@ _MEASURED = ("ap", "ap50", "ap75", "ar")
 _SIZES = ("small", "medium", "large")
 _CHUNK = 1 << 22
 
+Measure = Callable[[Int64[np.ndarray, "R N"]], Float64[np.ndarray, "R"]]
 Pair = tuple[Things, Things]
 """Truth of an image, and what was found in it."""
 
@@ -189,6 +191,24 @@ def score(
         kinds[kind] = KindScores(ap, ap50, ap75, ar, by_size, by_class)
     things = {name: int(sum((truth.labels == k).sum() for truth, _ in pairs)) for k, name in enumerate(classes)}
     return DetectScores(kinds["box"], kinds.get("mask"), things, len(pairs), len(set(group)), resamples, undefined)
+
+
+def measures(pairs: Sequence[Pair], classes: int, *, masks: bool) -> dict[str, Measure]:
+    """AP, at .50 and at .75, and recall, of weighted copies of the images; named as `DetectScores.named`."""
+    found: dict[str, Measure] = {}
+    for kind in ("mask", "box") if masks else ("box",):
+        measure = _measure([match(pairs, label, kind) for label in range(classes)])
+        for place, name in enumerate(_MEASURED):
+            found[f"{kind.capitalize()}{name.upper()}"] = partial(_column, measure, place)
+    return found
+
+
+def _column(
+    measure: Callable[[Int64[np.ndarray, "R N"]], Float64[np.ndarray, "R M"]],
+    place: int,
+    weight: Int64[np.ndarray, "R N"],
+) -> Float64[np.ndarray, "R"]:
+    return measure(weight)[:, place]
 
 
 def at_a_glance(pairs: Sequence[Pair], classes: int, *, masks: bool) -> dict[str, float]:

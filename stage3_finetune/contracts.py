@@ -181,7 +181,7 @@ class Predictions(Protocol):
         ...
 
     def measures(self) -> dict[str, Callable[[Int64[np.ndarray, "R N"]], Float[np.ndarray, "R"]]]:
-        """The scores of `Scores.named`, of R weighted copies of the rows; NaN where undefined."""
+        """Scores by name, of R weighted copies of the rows; NaN where undefined."""
         ...
 
     def glance(self) -> tuple[tuple[float, ...], dict[str, float]]:

@@ -18,7 +18,7 @@ from shared.errors import CorruptError
 from shared.outlines import unpack_runs
 from shared.page import Section
 from stage3_finetune.annotations import HUNDREDTHS
-from stage3_finetune.average_precision import DetectScores, at_a_glance, score
+from stage3_finetune.average_precision import DetectScores, Measure, at_a_glance, measures, score
 from stage3_finetune.contracts import Example
 from stage3_finetune.instances import Things
 from stage3_finetune.misses import worst_images
@@ -117,6 +117,11 @@ class DetectPredictions:
             seed=seed,
             resamples=resamples,
         )
+
+    def measures(self) -> dict[str, Measure]:
+        """COCO's scores, of weighted copies."""
+        pairs = [(answer.truth, answer.found) for answer in self.answers]
+        return measures(pairs, len(self.classes), masks=self.masks)
 
     def glance(self) -> tuple[tuple[float, ...], dict[str, float]]:
         """Best is the highest MaskAP, or BoxAP without masks; among equals the highest AP at 0.5."""

@@ -25,10 +25,12 @@ from shared.report import Section
 from stage3_finetune.contracts import Example
 from stage3_finetune.segmentation.drawn import Drawn
 from stage3_finetune.segmentation.scores import (
+    Measure,
     Pair,
     SegmentScores,
     dice_of,
     mean_over_classes,
+    measures,
     overlaps,
     score,
 )
@@ -100,6 +102,10 @@ class SegmentPredictions:
             seed=seed,
             resamples=resamples,
         )
+
+    def measures(self) -> dict[str, Measure]:
+        """Mean Dice and IoU, of weighted copies."""
+        return measures(overlaps(self._pairs(), len(self.classes)))
 
     def glance(self) -> tuple[tuple[float, ...], dict[str, float]]:
         """Best is the highest Dice, the mean over images, then over classes; 0 where no class is anywhere."""

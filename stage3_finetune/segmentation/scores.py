@@ -8,7 +8,7 @@ out of their means, and counted, so that a mean distance is to be read with that
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,6 +25,7 @@ from stage3_finetune.segmentation.surfaces import surface_distances
 NAMES = ("dice", "iou", "hd95", "assd")
 _SHOWN = {"dice": "Dice", "iou": "IoU", "hd95": "HD95", "assd": "ASSD"}
 
+Measure = Callable[[Int64[np.ndarray, "R N"]], Float[np.ndarray, "R"]]
 Pair = tuple[UInt8[np.ndarray, "H W"], UInt8[np.ndarray, "H W"]]
 """Truth and answer of an image, as `stage3_finetune.segmentation.drawn` numbers classes."""
 
@@ -138,6 +139,12 @@ def dice_of(counts: Int64[np.ndarray, "N 3 K"]) -> Float[np.ndarray, "N K"]:
     return np.divide(2 * counts[:, 2], area, out=np.full(area.shape, np.nan), where=area > 0)
 
 
+def iou_of(counts: Int64[np.ndarray, "N 3 K"]) -> Float[np.ndarray, "N K"]:
+    """Intersection over union; NaN where neither has the class."""
+    union = counts[:, 0] + counts[:, 1] - counts[:, 2]
+    return np.divide(counts[:, 2], union, out=np.full(union.shape, np.nan), where=union > 0)
+
+
 def mean_over_classes(by_class: Float[np.ndarray, "R K"]) -> Float[np.ndarray, "R"]:
     """Of those that have a value; NaN where none has."""
     known = np.isfinite(by_class)
@@ -176,10 +183,9 @@ def score(
         unit = spacing if in_mm and spacing is not None else (1.0, 1.0)
         distances.append([_distances(truth, found, number, unit) for number in range(1, len(classes) + 1)])
     told = np.array(counts, np.int64)
-    union = told[:, 0] + told[:, 1] - told[:, 2]
     values = {
         "dice": dice_of(told),
-        "iou": np.divide(told[:, 2], union, out=np.full(union.shape, np.nan), where=union > 0),
+        "iou": iou_of(told),
         "hd95": np.array(distances)[:, :, 0],
         "assd": np.array(distances)[:, :, 1],
     }
@@ -195,6 +201,11 @@ def score(
     by_class = {name: scores_of([k]) for k, name in enumerate(classes)}
     mean = scores_of([*range(len(classes))])
     return SegmentScores(mean, by_class, "mm" if in_mm else "px", len(group), len(set(group)), resamples)
+
+
+def measures(counts: Int64[np.ndarray, "N 3 K"]) -> dict[str, Measure]:
+    """Mean Dice and IoU over the classes, of weighted copies of the images, from their `overlaps`."""
+    return {"Dice": partial(_weighted_mean, dice_of(counts)), "IoU": partial(_weighted_mean, iou_of(counts))}
 
 
 def _counts(truth: UInt8[np.ndarray, "H W"], found: UInt8[np.ndarray, "H W"], classes: int) -> Int64[np.ndarray, "3 K"]:

@@ -47,6 +47,24 @@ def test_what_is_written_is_read_back_to_the_bit(tmp_path: Path, masks: bool) ->
     assert [len(part.examples) for part in parts] == [6, 6]
 
 
+@pytest.mark.parametrize("masks", [True, False])
+def test_measures_are_the_scores_and_weights_are_copies(masks: bool) -> None:
+    made = predictions(masks=masks)
+    named = made.scores(seed=0, resamples=100).named()
+    measured = made.measures()
+    assert set(measured) == set(named)
+    weight = np.ones((1, len(made.examples)), np.int64)
+    assert {name: float(measure(weight)[0]) for name, measure in measured.items()} == {
+        name: pytest.approx(interval.value) for name, interval in named.items()
+    }
+    weight[0, 2:4] = 0
+    without = DetectPredictions(
+        made.examples[:2] + made.examples[4:], made.classes, made.answers[:2] + made.answers[4:], masks
+    )
+    for name, interval in without.scores(seed=0, resamples=100).named().items():
+        assert float(measured[name](weight)[0]) == pytest.approx(interval.value)
+
+
 def changed(made: DetectPredictions, **changes: object) -> DetectPredictions:
     place = next(n for n, answer in enumerate(made.answers) if len(answer.found) and len(answer.truth))
     answer = made.answers[place]

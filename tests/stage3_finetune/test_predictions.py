@@ -57,3 +57,11 @@ def test_no_table_of_predictions_is_refused(tmp_path, damage: str) -> None:
         path.write_text({"class": other, "text": text.replace("0.png", "0.png,x"), "empty": ""}[damage])
     with pytest.raises(CorruptError, match=r"p\.csv"):
         ClassPredictions.load(path)
+
+
+def test_measures_are_the_scores() -> None:
+    made = some()
+    found = made.scores(seed=0, resamples=100).intervals
+    weight = np.ones((1, len(made.examples)), np.int64)
+    measured = {name: float(measure(weight)[0]) for name, measure in made.measures().items()}
+    assert measured == {name: pytest.approx(interval.value) for name, interval in found.items()}

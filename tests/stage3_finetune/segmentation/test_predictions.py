@@ -40,6 +40,20 @@ def test_comes_back_to_the_bit_and_equal_ones_are_equal_files(tmp_path: Path) ->
     assert back.scores(seed=0, resamples=100) == made.scores(seed=0, resamples=100)
 
 
+def test_measures_are_the_scores_and_weights_are_copies() -> None:
+    made = some()
+    named = made.scores(seed=0, resamples=100).named()
+    weight = np.ones((1, len(made.examples)), np.int64)
+    for name, measure in made.measures().items():
+        assert float(measure(weight)[0]) == pytest.approx(named[name].value)
+    weight[0, 1] = 0
+    kept = [0, 2, 3, 4]
+    without = replace(made, examples=tuple(made.examples[i] for i in kept), rows=tuple(made.rows[i] for i in kept))
+    named = without.scores(seed=0, resamples=100).named()
+    for name, measure in made.measures().items():
+        assert float(measure(weight)[0]) == pytest.approx(named[name].value)
+
+
 def test_digests_are_of_answers_and_of_truth_apart() -> None:
     made = some()
     first = made.rows[0]
