@@ -131,6 +131,11 @@ def open_exportable(reference: str) -> Exportable:
             f"{path}: a model with the head '{head}'; those with 'linear' can be exported",
             hint="stage3_finetune.tasks.classify.Classify.restore reads its folder 'model'",
         )
+    if kind == "model" and card.identity.spec["config"]["options"].get("multi_label") is True:
+        raise UsageError(
+            f"{path}: a model of several classes an image; those of one class can be exported",
+            hint="timm, ONNX and Hugging Face readers would take its logits for those of one class",
+        )
     for finding in verify(path, card):
         if finding.file.startswith(f"{kind}/"):
             raise CorruptError(f"{path}: {finding.file}: {finding.problem}", hint=_RESTORE)

@@ -179,6 +179,8 @@ def open_model(reference: str, device: str = "cpu") -> tuple[Task, Card]:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     elif device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device: cuda, but this machine has no usable GPU", hint="device=auto takes what there is")
+    elif device == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError("device: mps, but this machine has none", hint="device=auto takes what there is")
     task.model.to(device).eval()
     return task, card
 

@@ -24,12 +24,13 @@ import yaml
 
 from pipelines.study_config import StudyConfig
 from pipelines.study_plan import Corpus, Run, fold_folder, fold_rows, plan, read_corpus, write_fold
-from shared.artifact import CARD, Artifact, write_atomic
+from shared.artifact import CARD, Artifact, open_artifact, write_atomic
 from shared.backbones import resolve_options
 from shared.config import dump_yaml
 from shared.config import spec as config_spec
 from shared.errors import InterruptedRun, MwmError
 from shared.lease import Lease
+from shared.runlog import scrub
 from shared.signals import Signals
 from shared.workspace import refuse_other, set_aside
 from stage2_pretrain.config import PretrainConfig
@@ -118,9 +119,7 @@ class Step:
         return (self.out / CARD).is_file()
 
 
-def run_study(
-    config: StudyConfig, *, out: Path, images: Path, fresh: bool = False, command: str = "", only: str | None = None
-) -> Artifact:
+def run_study(config: StudyConfig, *, out: Path, images: Path, fresh: bool = False, command: str = "") -> Artifact:
     """Run or continue a study, and publish what is complete.
 
     Args:
@@ -129,7 +128,6 @@ def run_study(
         images: Folder that its paths are relative to.
         fresh: Keep an existing folder aside and start anew.
         command: Command line for provenance.
-        only: Name of one corpus, to run that alone; None: all.
 
     Returns:
         The published study. Runs that are not complete are named in it.
@@ -140,13 +138,18 @@ def run_study(
     """
     from pipelines.study_summary import publish_study
 
-    corpora = {name: read_corpus(config, name, images) for name in config.corpora if only in (None, name)}
+    corpora = {name: read_corpus(config, name, images) for name in config.corpora}
     if fresh:
         set_aside(out)
     spec = {
         "version": VERSION,
         "config": config_spec(config),
         "labels": {name: corpus.sha256 for name, corpus in corpora.items()},
+        "stores": {
+            name: open_artifact(settings.store, "region-store")[1].artifact_id
+            for name, settings in config.corpora.items()
+            if settings.store is not None
+        },
     }
     with Lease(out):
         _begin(out, spec, config)
@@ -171,7 +174,7 @@ def _begin(out: Path, spec: dict[str, Any], config: StudyConfig) -> None:
     if path.exists() and (found := path.read_bytes()) != wanted:
         refuse_other(out, {"spec": json.loads(found)}, {"spec": spec}, True)
     write_atomic(path, wanted)
-    write_atomic(out / "run/study.yaml", dump_yaml(config).encode())
+    write_atomic(out / "run/study.yaml", scrub(dump_yaml(config)).encode())
 
 
 def _stores(config: StudyConfig, corpus: Corpus, images: Path, out: Path, children: Children) -> dict[str, str]:

@@ -125,7 +125,6 @@ def _finetune(config: StudyConfig, run: Run, endpoint: str, corpus: Corpus, fold
 
     settings = run_settings(config, run, folder)[endpoint].model_copy(
         update={
-            "freeze": False,
             "backbone": config.pretrain.backbone,
             "backbone_options": resolve_options(config.pretrain.backbone, config.pretrain.backbone_options),
             "channels": config.pretrain.channels,

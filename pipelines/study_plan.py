@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -97,14 +98,16 @@ def read_corpus(config: StudyConfig, name: str, images: Path) -> Corpus:
     labels = images / corpus.labels
     sources = {source.sample_id: source for source in find_sources(images / corpus.images)}
     targets = _targets(config, name, labels, sources)
-    examples, grouped = targets.read({key: source.group for key, source in sources.items()})
+    names = {source.known_as: key for key, source in sources.items() if source.known_as is not None}
+    examples, grouped = targets.read({key: source.group for key, source in sources.items()}, names)
     if not grouped:
         raise ConfigError(f"corpus {name}: not every row has a group", hint="a study is split by groups: name them")
     if examples[0].split is not None:
         raise ConfigError(f"corpus {name}: labels with parts of their own", hint="a study makes folds: drop 'split'")
     if missing := [row.sample_id for row in examples if row.sample_id not in sources]:
-        raise ConfigError(f"corpus {name}: {len(missing)} labelled samples are not among the images, as {missing[0]!a}")
-    column, cells = _cells(labels)
+        shown = "" if names else f", as {missing[0]!a}"  # where ids are pseudonyms, it may be a patient's name
+        raise ConfigError(f"corpus {name}: {len(missing)} labelled samples are not among the images{shown}")
+    column, cells = _cells(labels, names)
     ordered = tuple(sorted(examples, key=lambda row: row.sample_id))
     return Corpus(name, ordered, images / corpus.images, sources, targets, labels, column, cells)
 
@@ -179,12 +182,13 @@ def write_fold(corpus: Corpus, rows: Sequence[Example], folder: Path) -> None:
     _write(folder / "labels.csv", columns, lines)
 
 
-def _cells(labels: Path) -> tuple[str, dict[str, str]]:
+def _cells(labels: Path, names: dict[str, str]) -> tuple[str, dict[str, str]]:
     """The column of the label, and its cells by sample id; the table has been checked before."""
     rows = list(csv.DictReader(io.StringIO(labels.read_text(encoding="utf-8-sig"))))
     column = next(name for name in ("label", "labels", "target") if name in rows[0])
     key = "sample_id" if "sample_id" in rows[0] else "image"
-    return column, {row[key]: row[column] for row in rows}
+    given = {unicodedata.normalize("NFC", row[key]): row[column] for row in rows}
+    return column, {names.get(name, name): cell for name, cell in given.items()}
 
 
 def _write(path: Path, columns: Sequence[str], rows: Iterator[tuple[str, ...]] | Sequence[tuple[str, ...]]) -> None:

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 _HOW = (
     "Folds never cut through a group; each image is tested once a round, by a model that saw neither its group's "
     "labels nor, in pretraining, its pixels. Differences are paired by image; intervals resample whole groups. "
-    "Models are those after the last epoch: nothing is chosen by the test part."
+    "Models are those after the last epoch: nothing is chosen by the test part. Intervals are of these trained models: "
+    "they do not hold what another seed would change, so look at the rounds apart too. Rank scores are pooled over "
+    "folds."
 )
 
 
@@ -31,6 +33,11 @@ def study_page(config: StudyConfig, summary: Summary) -> str:
                 f"{compared.images} images in {compared.groups} groups, {_folds(found, config)}. A true difference "
                 f"below {100 * smallest:.1f} points would not be told from none (80 % power, 5 % level)."
             )
+            if found.rounds > 1:
+                told = "; ".join(
+                    f"{d.arm} {', '.join(f'{100 * gap:+.1f}' for gap in d.by_round)}" for d in compared.differences
+                )
+                note += f" By round: {told}."
             if config.corpora[found.corpus].supervised:
                 note += " The grounder has been taught by labels of this set: its regions are supervised here."
             sections.append(Section(f"{found.corpus}, {found.endpoint}: {score}", forest_chart(rows), note))

@@ -20,10 +20,13 @@ from shared.artifact import CARD, Artifact, Card, Input, publish, read_card, wri
 from shared.config import digest, dump_yaml
 from shared.config import spec as config_spec
 from shared.errors import SpecMismatchError
+from shared.runlog import scrub
 from shared.workspace import begin, set_aside
 from stage3_finetune.contracts import Predictions
 
 VERSION = 1
+_LOWER = ("brier", "ece")
+"""Scores of which less is better; a difference of them would read as the reverse."""
 
 
 @dataclass(frozen=True)
@@ -86,12 +89,12 @@ def publish_study(config: StudyConfig, corpora: Mapping[str, Corpus], out: Path,
     told: dict[str, Any] = {"kind": "study", "inputs": inputs, "spec": spec}
     supersedes = None
     try:
-        _, card = begin(folder, **told, resolved=dump_yaml(config))
+        _, card = begin(folder, **told, resolved=scrub(dump_yaml(config)))
     except SpecMismatchError:  # more runs are complete
         supersedes = read_card(folder, "study").artifact_id if (folder / CARD).is_file() else None
         set_aside(folder)
         folder.mkdir()
-        _, card = begin(folder, **told, resolved=dump_yaml(config))
+        _, card = begin(folder, **told, resolved=scrub(dump_yaml(config)))
     if card is not None:
         return Artifact(folder, card)
     body = json.dumps(_finite(summary.as_dict()), indent=1, ensure_ascii=False) + "\n"
@@ -173,6 +176,8 @@ def _table(
             order = np.argsort([row.sample_id for row in joined.examples])
             group = [joined.examples[place].group for place in order]
             for score, measure in joined.measures().items():
+                if score in _LOWER:
+                    continue
                 in_order = partial(_reordered, measure, np.argsort(order))
                 measures.setdefault(score, {}).setdefault(arm, []).append(in_order)
     if len(set(group)) < 2:
@@ -210,10 +215,13 @@ def _joined(folders: Sequence[Path]) -> Predictions:
 
 def _claim(claim: Any, tables: Sequence[Table]) -> str:
     for table in tables:
-        if (table.corpus, table.endpoint) == (claim.corpus, claim.endpoint) and claim.score in table.scores:
-            for found in table.scores[claim.score].differences:
-                if (found.arm, found.than) == (claim.arm, claim.than):
-                    return verdict(found, claim.milli / 1000)
+        if (table.corpus, table.endpoint) != (claim.corpus, claim.endpoint):
+            continue
+        if claim.score not in table.scores:
+            return f"no score '{claim.score}'; there are {', '.join(table.scores)}"
+        for found in table.scores[claim.score].differences:
+            if (found.arm, found.than) == (claim.arm, claim.than):
+                return verdict(found, claim.milli / 1000)
     return "not run yet"
 
 

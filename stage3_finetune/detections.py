@@ -177,7 +177,7 @@ class DetectPredictions:
                     for key in ("truth", "answers")
                 )
                 answers.append(Answer(found, truth))
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
             raise CorruptError(f"{path.name} line {number}: not predictions of a detector") from None
         return cls(tuple(examples), classes, tuple(answers), masks)
 

@@ -211,8 +211,8 @@ class InstanceTargets:
         for number, row in enumerate(rows, 1):
             target = PurePosixPath(row.label)
             try:
-                if target.is_absolute() or ".." in target.parts or "\0" in row.label:
-                    raise FaultyFile("not a path inside the table's folder")
+                if "\0" in row.label:
+                    raise FaultyFile("not a path")
                 said = self._said[row.sample_id] = read(self._path.parent / target)
             except FaultyFile as fault:
                 problems.append(f"target of {f'row {number}' if hide else ascii(row.sample_id)}: {fault}")

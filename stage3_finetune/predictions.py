@@ -102,9 +102,9 @@ class ClassPredictions:
         """Digest of ids and probabilities in millionths: an id holds no float."""
         millionths = np.floor(self.probability.astype(np.float64) * 1e6 + 0.5).astype(np.int64).tolist()
         ids = [example.sample_id for example in self.examples]
-        return digest(
-            {"classes": self.classes, "rows": [[name, *row] for name, row in zip(ids, millionths, strict=True)]}
-        )
+        rows = [[name, *row] for name, row in zip(ids, millionths, strict=True)]
+        several = {"multi_label": True} if self.multi_label else {}  # it decides what is scored
+        return digest({"classes": self.classes, "rows": rows, **several})
 
     @property
     def truth_sha256(self) -> str:

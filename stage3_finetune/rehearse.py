@@ -143,8 +143,9 @@ def _remember(task: Remembering, part: Part | FeaturePart, batch: int) -> list[f
         started = time.perf_counter()
         seen.append(next(source)[0])
         seconds.append(time.perf_counter() - started)
+    tried = sum(len(made.sample_ids) for made in seen)
     with torch.no_grad():
-        task.remember(seen, seen)
+        task.remember(seen * -(-len(part) // tried), seen)  # as many as there will be, for what asks for so many
     return seconds
 
 

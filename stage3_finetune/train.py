@@ -177,6 +177,8 @@ def _resolve(config: FinetuneConfig, start: Start, options: dict[str, Any]) -> F
         device = "cuda" if torch.cuda.is_available() else "cpu"
     elif device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device: cuda, but this machine has no usable GPU", hint="device=auto takes what there is")
+    elif device == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError("device: mps, but this machine has none", hint="device=auto takes what there is")
     return config.model_copy(
         update={
             "options": options,

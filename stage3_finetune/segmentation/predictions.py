@@ -152,7 +152,7 @@ class SegmentPredictions:
                 raise ValueError(head["format"])
             classes = tuple(map(str, head["classes"]))
             read = [_read(line, classes) for line in lines]
-        except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError, RecursionError) as error:
+        except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise CorruptError(f"{path.name}: not a file of segmentations: {type(error).__name__}: {error}") from None
         return cls(tuple(example for example, _ in read), classes, tuple(row for _, row in read))
 

@@ -233,7 +233,8 @@ class Classify:
         """
         stored, state = read_model(folder)
         with told_as_corrupt(folder):
-            about, input_, args = stored["mwm"], stored["pretrained_cfg"], dict(stored["model_args"])
+            about = stored.get("mwm", {})  # version 1 had one head only, and did not say so
+            input_, args = stored["pretrained_cfg"], dict(stored["model_args"])
             channels, stride = args.pop("in_chans"), args.pop("output_stride", None)
             known = {name: about[name] for name in ("head", "multi_label", "k", "temperature_milli") if name in about}
             options = ClassifyOptions(**known)

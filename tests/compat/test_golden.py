@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from pipelines.audit import audit
+from pipelines.predict import open_model
 from shared.artifact import CARD, Card, read_card
 from shared.backbones import load_encoder
 from shared.corpus import open_corpus
@@ -76,6 +77,8 @@ def test_contents_are_read(golden: Path) -> None:
         assert torch.isfinite(backbone.model(torch.zeros(1, 1, 64, 64))).all()
     predictions = ClassPredictions.load(golden / "model" / "predictions.csv")
     assert {row.split for row in predictions.examples} == {"val", "test"}
+    task, _ = open_model(str(golden / "model"))
+    assert task.classes == predictions.classes
 
 
 def test_a_second_implementation_agrees(golden: Path) -> None:

@@ -59,6 +59,12 @@ def test_no_table_of_predictions_is_refused(tmp_path, damage: str) -> None:
         ClassPredictions.load(path)
 
 
+def test_a_header_that_says_several_classes_is_another_digest(tmp_path) -> None:
+    made = some()
+    several = ClassPredictions(made.examples, made.classes, made.probability, multi_label=True)
+    assert several.sha256 != made.sha256
+
+
 def test_measures_are_the_scores() -> None:
     made = some()
     found = made.scores(seed=0, resamples=100).intervals
