@@ -46,6 +46,7 @@ def serve(stage: str, root: Path) -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
+@pytest.mark.timeout(1800)  # twenty starts of a process, on whatever else the machine does
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", PLANS)
 def test_twenty_kills_and_every_stop_end_in_the_uninterrupted_artifact(
