@@ -240,15 +240,29 @@ def load_encoder(folder: Path) -> Backbone:
     except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         raise CorruptError(f"{folder.name}: not an encoder: {type(error).__name__}: {error}") from None
     backbone = build(name, in_chans=in_chans, output_stride=stride, model_args=args)
-    expected = {key: tuple(value.shape) for key, value in backbone.model.state_dict().items()}
+    put_tensors(backbone.model, state, folder.name)
+    return backbone
+
+
+def put_tensors(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Put stored tensors into a model, every one of them.
+
+    Args:
+        model: Built as the stored one was.
+        state: By the names of its state dict.
+        source: Where they come from, for messages.
+
+    Raises:
+        CorruptError: A tensor is missing, unknown or of another shape.
+    """
+    expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     found = {key: tuple(value.shape) for key, value in state.items()}
     for key in sorted(expected.keys() | found.keys()):
         if expected.get(key) != found.get(key):
             raise CorruptError(
-                f"{folder.name}: tensor {key}: shape {found.get(key, 'absent')}, expected {expected.get(key, 'absent')}"
+                f"{source}: tensor {key}: shape {found.get(key, 'absent')}, expected {expected.get(key, 'absent')}"
             )
-    backbone.model.load_state_dict(state)
-    return backbone
+    model.load_state_dict(state)
 
 
 def _scales(name: str, model: Any) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:

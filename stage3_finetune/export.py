@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from shared.artifact import write_atomic
-from shared.backbones import CONFIG, WEIGHTS
+from shared.backbones import CONFIG, WEIGHTS, put_tensors
 from shared.errors import CorruptError, MwmError
 from stage3_finetune.heads import Headed
 
@@ -116,13 +116,7 @@ def take_weights(model: nn.Module, state: Mapping[str, Tensor], folder: Path) ->
     Raises:
         CorruptError: A tensor is missing, unknown or of another shape.
     """
-    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    found = {name: tuple(value.shape) for name, value in state.items()}
-    for name in sorted(expected.keys() | found.keys()):
-        if expected.get(name) != found.get(name):
-            shapes = f"shape {found.get(name, 'absent')}, expected {expected.get(name, 'absent')}"
-            raise CorruptError(f"{folder.name}: tensor {name}: {shapes}")
-    model.load_state_dict(state)
+    put_tensors(model, state, folder.name)
     model.eval()
 
 

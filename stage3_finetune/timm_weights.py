@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shared.backbones import CONFIG, WEIGHTS, Backbone, build, has_size
+from shared.backbones import CONFIG, WEIGHTS, Backbone, build, has_size, put_tensors
 from shared.errors import ConfigError, CorruptError, InputMissingError
 from stage3_finetune.config import FinetuneConfig
 
@@ -79,7 +79,7 @@ def read_folder(folder: Path, config: FinetuneConfig) -> Found:
     if channels != given:
         told += f", {given} channels made {channels}"
         kept |= _converted(kept, _listed(conv), channels, folder)
-    _load(backbone, kept, folder.name)
+    put_tensors(backbone.model, kept, folder.name)
     return Found(backbone, *_colours(mean, std, channels), "a folder of timm's format", told)
 
 
@@ -118,7 +118,7 @@ def read_named(name: str, config: FinetuneConfig) -> Found:
         model_args=args,
         size_px=config.size_px if sized else None,
     )
-    _load(backbone, states[0], name)
+    put_tensors(backbone.model, states[0], name)
     told = f"all {len(states[0])} tensors kept"
     if channels != cfg.input_size[0]:
         told += f", {cfg.input_size[0]} channels made {channels}"
@@ -176,12 +176,3 @@ def _colours(mean: Any, std: Any, channels: int) -> tuple[tuple[float, ...], tup
 
 def _listed(value: Any) -> tuple[str, ...]:
     return () if value is None else (value,) if isinstance(value, str) else tuple(value)
-
-
-def _load(backbone: Backbone, state: dict[str, Tensor], source: str) -> None:
-    expected = backbone.model.state_dict()
-    for key in sorted(expected.keys() | state.keys()):
-        shapes = [tuple(tensors[key].shape) if key in tensors else "absent" for tensors in (state, expected)]
-        if shapes[0] != shapes[1]:
-            raise CorruptError(f"{source}: tensor {key}: shape {shapes[0]}, expected {shapes[1]}")
-    backbone.model.load_state_dict(state)
