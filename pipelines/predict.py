@@ -24,7 +24,7 @@ from pipelines.exportable_store import make_durable
 from pipelines.markdown import as_text
 from pipelines.predict_config import PredictConfig
 from shared.artifact import NOT_FOR_DIAGNOSIS, Card, full_disk_is_named, open_artifact, refuse_without_room, verify
-from shared.cores import resolve_threads
+from shared.cores import resolve_device, resolve_threads
 from shared.errors import ConfigError, CorruptError, DecodeError, IncompatibleError, QuarantineError, UsageError
 from shared.images import Source, find_sources, read_image
 from shared.loader import load_ahead
@@ -175,13 +175,7 @@ def open_model(reference: str, device: str = "cpu") -> tuple[Task, Card]:
     weights = {name: value.numpy() for name, value in task.model.state_dict().items()}
     if tensor_digest(weights) != card.identity.outputs["weights"]:
         raise CorruptError(f"{path}: other weights than the artifact's id", hint=_RESTORE)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    elif device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device: cuda, but this machine has no usable GPU", hint="device=auto takes what there is")
-    elif device == "mps" and not torch.backends.mps.is_available():
-        raise ConfigError("device: mps, but this machine has none", hint="device=auto takes what there is")
-    task.model.to(device).eval()
+    task.model.to(resolve_device(device)).eval()
     return task, card
 
 

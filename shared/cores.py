@@ -1,4 +1,4 @@
-"""How many CPU threads a run may use."""
+"""What a run may compute with on this machine: how many CPU threads, and which device."""
 
 from __future__ import annotations
 
@@ -29,3 +29,20 @@ def resolve_threads(threads: int | Literal["auto"]) -> int:
     if not 1 <= threads <= most:
         raise ConfigError(f"threads: {threads}, expected 1 to {most} on this machine of {cores()} cores, or auto")
     return threads
+
+
+def resolve_device(device: str) -> str:
+    """The device that a setting means on this machine: ``auto`` is ``cuda`` if there is one, else ``cpu``.
+
+    Raises:
+        ConfigError: ``cuda`` or ``mps``, and this machine has none.
+    """
+    import torch
+
+    there = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
+    if device == "auto":
+        return "cuda" if there["cuda"]() else "cpu"
+    if device in there and not there[device]():
+        what = "no usable GPU" if device == "cuda" else "none"
+        raise ConfigError(f"device: {device}, but this machine has {what}", hint="device=auto takes what there is")
+    return device

@@ -16,7 +16,7 @@ from shared import ranks
 from shared.backbones import build, resolve_options
 from shared.config import spec as config_spec
 from shared.config import validate
-from shared.cores import resolve_threads
+from shared.cores import resolve_device, resolve_threads
 from shared.errors import ConfigError
 from shared.loop import VERSION as LOOP_VERSION
 from shared.optimizer import Plan
@@ -51,10 +51,7 @@ def resolve(config: PretrainConfig) -> PretrainConfig:
     options = validate(METHODS.load(config.method["name"]).Options, config.method_options)
     update: dict[str, Any] = {"method": {"name": config.method["name"], **options.model_dump(mode="json")}}
     update["backbone_options"] = resolve_options(config.backbone, config.backbone_options)
-    if config.device == "auto":
-        update["device"] = "cuda" if torch.cuda.is_available() else "cpu"
-    elif config.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device: cuda, but this machine has no usable GPU", hint="device=auto takes what there is")
+    update["device"] = resolve_device(config.device)
     update["threads"] = resolve_threads(config.threads)
     return config.model_copy(update=update)
 

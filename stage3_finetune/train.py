@@ -14,8 +14,8 @@ from shared import ranks
 from shared.artifact import Artifact, publish
 from shared.config import dump_yaml, validate
 from shared.config import spec as config_spec
-from shared.cores import resolve_threads
-from shared.errors import ConfigError, CorruptError
+from shared.cores import resolve_device, resolve_threads
+from shared.errors import CorruptError
 from shared.images import Source, find_sources
 from shared.lease import Lease
 from shared.loop import VERSION as LOOP_VERSION
@@ -172,20 +172,13 @@ def prepare(config: FinetuneConfig, *, images: Path, labels: Path, encoder: str 
 
 def _resolve(config: FinetuneConfig, start: Start, options: dict[str, Any]) -> FinetuneConfig:
     """Replace every ``auto``."""
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    elif device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device: cuda, but this machine has no usable GPU", hint="device=auto takes what there is")
-    elif device == "mps" and not torch.backends.mps.is_available():
-        raise ConfigError("device: mps, but this machine has none", hint="device=auto takes what there is")
     return config.model_copy(
         update={
             "options": options,
             "backbone": start.backbone.name,
             "backbone_options": start.backbone.args,
             "channels": start.backbone.in_chans,
-            "device": device,
+            "device": resolve_device(config.device),
             "threads": resolve_threads(config.threads),
             "augment": config.augment.model_copy(
                 update={"use": not config.freeze if config.augment.use == "auto" else config.augment.use}

@@ -1,6 +1,7 @@
-"""Threads: what a setting means here, and a number that would crash torch is refused."""
+"""Threads and device: what a setting means here; what would crash torch is refused."""
 
 import pytest
+import torch
 
 from shared import cores
 from shared.errors import ConfigError
@@ -19,3 +20,17 @@ def test_too_many_are_refused_with_the_machines_cores(
     monkeypatch.setattr(cores, "cores", lambda: here)
     with pytest.raises(ConfigError, match=f"threads: {threads}, expected 1 to {most} on this machine of {here} cores"):
         cores.resolve_threads(threads)
+
+
+@pytest.mark.parametrize(("gpu", "wanted"), [(True, "cuda"), (False, "cpu")])
+def test_a_device_is_what_there_is_or_refused(gpu: bool, wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert [cores.resolve_device(name) for name in ("auto", "cpu")] == [wanted, "cpu"]
+    with pytest.raises(ConfigError, match="device: mps, but this machine has none"):
+        cores.resolve_device("mps")
+    if gpu:
+        assert cores.resolve_device("cuda") == "cuda"
+    else:
+        with pytest.raises(ConfigError, match="device: cuda, but this machine has no usable GPU"):
+            cores.resolve_device("cuda")
