@@ -24,6 +24,7 @@ from pipelines.exportable_store import make_durable
 from pipelines.markdown import as_text
 from pipelines.predict_config import PredictConfig
 from shared.artifact import NOT_FOR_DIAGNOSIS, Card, full_disk_is_named, open_artifact, refuse_without_room, verify
+from shared.config import failures_allowed
 from shared.cores import resolve_device, resolve_threads
 from shared.errors import ConfigError, CorruptError, DecodeError, IncompatibleError, QuarantineError, UsageError
 from shared.images import Source, find_sources, read_image
@@ -228,7 +229,7 @@ def _batch(items: Sequence[_Read]) -> Batch:
 def _refuse_failures(
     config: PredictConfig, faults: Mapping[str, DecodeError], reasons: Mapping[str, int], count: int
 ) -> None:
-    allowed = config.failures_allowed(count)
+    allowed = failures_allowed(config.max_failures, count)
     if faults and (len(faults) > allowed or len(faults) == count):
         told = ", ".join(f"{number} {reason}" for reason, number in sorted(reasons.items()))
         first = next(iter(faults.values())).message

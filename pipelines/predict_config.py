@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from shared.config import Strict
+from shared.config import Failures, Strict
 
 
 class PredictConfig(Strict):
@@ -15,7 +15,7 @@ class PredictConfig(Strict):
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="Where to compute.")
     threads: int | Literal["auto"] = Field("auto", description="CPU threads; auto: the cores this process may use.")
     batch_size: int = Field(16, ge=1, le=4096, description="Images at once.")
-    max_failures: int | float = Field(
+    max_failures: Failures = Field(
         0.1,
         ge=0,
         description="Images allowed to be quarantined: a count, or a fraction below 1 of all; more, or all of them, "
@@ -28,14 +28,3 @@ class PredictConfig(Strict):
         if isinstance(value, int) and value < 1:
             raise ValueError("expected 'auto' or 1 and more")
         return value
-
-    @field_validator("max_failures")
-    @classmethod
-    def _fraction_below_one(cls, value: int | float) -> int | float:
-        if isinstance(value, float) and value >= 1:
-            raise ValueError("a fraction lies below 1; write a count without a decimal point")
-        return value
-
-    def failures_allowed(self, count: int) -> int:
-        """How many of ``count`` images may be quarantined."""
-        return int(self.max_failures * count) if isinstance(self.max_failures, float) else self.max_failures

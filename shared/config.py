@@ -11,10 +11,10 @@ import hashlib
 import types
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from shared.errors import ConfigError, InputMissingError
 
@@ -32,6 +32,25 @@ class Strict(BaseModel):
         if field is not None and _holds_bool(value) and _is_number(field.annotation):
             raise ValueError("expected a number")
         return value
+
+
+def _count_or_fraction(value: int | float) -> int | float:
+    if isinstance(value, float) and value >= 1:
+        raise ValueError("a fraction lies below 1; write a count without a decimal point")
+    return value
+
+
+Failures = Annotated[int | float, AfterValidator(_count_or_fraction)]
+"""How many inputs may fail: a count, or a fraction below 1 of all."""
+
+
+def failures_allowed(limit: int | float, count: int) -> int:
+    """How many of ``count`` inputs may fail.
+
+    >>> failures_allowed(0.1, 19), failures_allowed(3, 19)
+    (1, 3)
+    """
+    return int(limit * count) if isinstance(limit, float) else limit
 
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)

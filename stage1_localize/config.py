@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from shared.config import Strict, runtime
+from shared.config import Failures, Strict, runtime
 from shared.config import spec as spec_of
 from shared.errors import ConfigError
 from stage1_localize.contracts import MAP_SIZE_PX, Region
@@ -43,7 +43,7 @@ class LocalizeConfig(Strict):
         MAP_SIZE_PX, ge=16, le=1024, multiple_of=4, description="Side of the stored maps in px, image's own frame."
     )
     micro_batch: int = Field(8, ge=1, le=256, description="Images a model call, at most; part of the identity.")
-    max_failures: int | float = runtime(
+    max_failures: Failures = runtime(
         0.1, "Quarantined images allowed: a count, or a fraction below 1 of all; more end the run with exit 6.", ge=0
     )
     workers: int | Literal["auto"] = runtime(
@@ -55,13 +55,6 @@ class LocalizeConfig(Strict):
     def _normalised(cls, value: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
         return {region.name: region.texts for region in parse_regions(value)}
 
-    @field_validator("max_failures")
-    @classmethod
-    def _fraction_below_one(cls, value: int | float) -> int | float:
-        if isinstance(value, float) and value >= 1:
-            raise ValueError("a fraction lies below 1; write a count without a decimal point")
-        return value
-
     @field_validator("workers")
     @classmethod
     def _not_negative(cls, value: int | str) -> int | str:
@@ -72,11 +65,6 @@ class LocalizeConfig(Strict):
     def asked(self) -> tuple[Region, ...]:
         """The regions in the order of the recipe; the K axis of the store."""
         return tuple(Region(name, texts) for name, texts in self.regions.items())
-
-    def failures_allowed(self, count: int) -> int:
-        """How many of ``count`` samples may be quarantined."""
-        limit = self.max_failures
-        return int(limit * count) if isinstance(limit, float) else limit
 
 
 def part_options(kind: str, part: PartConfig, cls: Any) -> Any:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, field_validator
 
-from shared.config import Strict, runtime
+from shared.config import Failures, Strict, runtime
 from stage1_localize.config import one_or_many
 from stage1_localize.prompts import parse_regions
 
@@ -36,7 +36,7 @@ class FitGrounderConfig(Strict):
     steps: int | Literal["auto"] = Field("auto", description="Optimiser steps of a fit; auto: by the number of images.")
     folds: int = Field(3, ge=2, le=10, description="Held-out parts, by group, that routes and scores are taken from.")
     seed: int = Field(0, ge=0, description="Seed of folds, initial weights and every draw.")
-    max_failures: int | float = runtime(
+    max_failures: Failures = runtime(
         0.1, "Quarantined images allowed: a count, or a fraction below 1 of all; more end the run with exit 6.", ge=0
     )
     workers: int | Literal["auto"] = runtime("auto", "Worker processes; auto: one a core; 0: in this process.")
@@ -59,14 +59,3 @@ class FitGrounderConfig(Strict):
         if isinstance(value, int) and not 0 <= value <= 64:
             raise ValueError("expected 'auto' or 0 to 64")
         return value
-
-    @field_validator("max_failures")
-    @classmethod
-    def _fraction_below_one(cls, value: int | float) -> int | float:
-        if isinstance(value, float) and value >= 1:
-            raise ValueError("a fraction lies below 1; write a count without a decimal point")
-        return value
-
-    def failures_allowed(self, count: int) -> int:
-        """How many of ``count`` images may be quarantined."""
-        return int(self.max_failures * count) if isinstance(self.max_failures, float) else self.max_failures

@@ -13,7 +13,7 @@ from typing import Any
 
 from shared.artifact import CARD, NOT_FOR_DIAGNOSIS, Artifact, publish, read_card, write_atomic
 from shared.coco import Labelled
-from shared.config import dump_yaml
+from shared.config import dump_yaml, failures_allowed
 from shared.cores import cores
 from shared.corpus import write_corpus
 from shared.errors import DecodeError, DiskFullError, InterruptedRun, QuarantineError
@@ -90,7 +90,7 @@ class _Run:
     def refuse_failures(self) -> None:
         """End the run where too many images cannot be read."""
         total = len(self.plan.labels.images)
-        allowed = self.plan.config.failures_allowed(total)
+        allowed = failures_allowed(self.plan.config.max_failures, total)
         for reason, count in sorted(Counter(error.reason for error in self.failed.values()).items()):
             self.log.warn(f"{count} of {total} images quarantined: {reason}; see {QUARANTINE}")
         if len(self.failed) > allowed or not self.usable:

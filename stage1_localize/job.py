@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.artifact import CARD, Input, publish, refuse_without_room
-from shared.config import dump_yaml
+from shared.config import dump_yaml, failures_allowed
 from shared.corpus import CorpusRow, corpus_id, list_corpus, write_corpus
 from shared.decode import VERSION as DECODE_VERSION
 from shared.errors import CorruptError, InterruptedRun, QuarantineError
@@ -287,7 +287,7 @@ class _Run:
         self.quarantined += quarantined - before[1]
 
     def _refuse_failures(self, count: int) -> None:
-        allowed = self.config.failures_allowed(self.layout.samples)
+        allowed = failures_allowed(self.config.max_failures, self.layout.samples)
         if count > allowed:
             raise QuarantineError(
                 f"{self.out.name}: {count} of {self.layout.samples} failed so far, max_failures allows {allowed}",

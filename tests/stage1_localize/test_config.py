@@ -2,7 +2,7 @@
 
 import pytest
 
-from shared.config import digest, dump_yaml, load, spec
+from shared.config import digest, dump_yaml, failures_allowed, load, spec
 from shared.errors import ConfigError
 from stage1_localize.config import LocalizeConfig, PartConfig, describe_part, part_options
 from stage1_localize.contracts import Region
@@ -47,7 +47,7 @@ def test_how_a_run_goes_is_no_part_of_what_it_makes() -> None:
 
 @pytest.mark.parametrize(("limit", "allowed"), [(0, 0), (3, 3), (0.1, 1), (0.0, 0), (1000, 1000)])
 def test_a_count_or_a_fraction_may_fail(limit: float, allowed: int) -> None:
-    assert config(max_failures=limit).failures_allowed(19) == allowed
+    assert failures_allowed(config(max_failures=limit).max_failures, 19) == allowed
 
 
 def test_options_belong_to_their_part() -> None:
