@@ -20,9 +20,7 @@ def compare_outputs(folder: Path, card: Card) -> list[Finding]:
     """Differences between what an artifact holds and what its card says it holds; call it on files that are whole."""
     try:
         return list(_differing_outputs(folder, card))
-    except CorruptError as error:
-        return [Finding(CARD, f"its outputs cannot be computed again: {error.message}")]
-    except IncompatibleError as error:
+    except (CorruptError, IncompatibleError) as error:
         return [Finding(CARD, f"its outputs cannot be computed again: {error.message}")]
     except KeyError as error:
         return [Finding(CARD, f"its outputs are not those of this kind: {error.args[0]} is not there")]

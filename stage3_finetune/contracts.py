@@ -83,7 +83,7 @@ class Targets(Protocol):
     """The labels of a task. Goes to loader processes.
 
     Constructed as ``Targets(path, options=..., sources=...)``: what ``--labels`` names, the task's settings, and where
-    each image is. One that has ``options`` after reading has decided there what was ``auto`` in the settings.
+    each image is.
     """
 
     def read(

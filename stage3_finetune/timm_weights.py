@@ -106,18 +106,18 @@ def read_named(name: str, config: FinetuneConfig) -> Found:
     assert cfg is not None
     channels = _channels(config, int(cfg.input_size[0]))
     args = {**config.backbone_options, **({"img_size": config.size_px} if sized else {})}
+    stride = config.backbone_options.get("output_stride")
+    backbone = build(  # first: settings that cannot be built are told as such, and nothing is fetched for them
+        architecture,
+        in_chans=channels,
+        output_stride=stride,
+        model_args={key: value for key, value in args.items() if key != "output_stride"},
+        size_px=config.size_px if sized else None,
+    )
     states = [_pretrained(name, channels, args, seed) for seed in (0, 1)]
     drawn = [key for key in states[0] if not torch.equal(states[0][key], states[1][key])]
     if drawn:  # timm fills up what weights lack
         raise CorruptError(f"timm:{name}: its weights lack {', '.join(drawn[:3])}: timm would draw them at random")
-    stride = args.pop("output_stride", None)
-    backbone = build(
-        architecture,
-        in_chans=channels,
-        output_stride=stride,
-        model_args=args,
-        size_px=config.size_px if sized else None,
-    )
     put_tensors(backbone.model, states[0], name)
     told = f"all {len(states[0])} tensors kept"
     if channels != cfg.input_size[0]:
@@ -134,8 +134,9 @@ def _pretrained(name: str, channels: int, args: dict[str, Any], seed: int) -> di
         torch.manual_seed(seed)
         try:
             model = timm.create_model(name, pretrained=True, num_classes=0, in_chans=channels, **args)
-        except (TypeError, AssertionError, NotImplementedError) as error:
-            raise ConfigError(f"timm:{name}: cannot be built with {json.dumps(args)}: {error}") from None
+        except RuntimeError as error:  # torch's word for tensors of other names or shapes
+            told = " ".join(str(error).split())[:240]
+            raise ConfigError(f"timm:{name}: its weights do not fit {json.dumps(args)}: {told}") from None
         except Exception as error:  # of urllib, requests, httpx, huggingface_hub, by what is installed
             told = str(error).strip().splitlines()[0] if str(error).strip() else ""
             raise InputMissingError(

@@ -153,7 +153,6 @@ def prepare(config: FinetuneConfig, *, images: Path, labels: Path, encoder: str 
         fraction_milli=config.fraction_milli,
         seed=config.seed,
     )
-    options = getattr(targets, "options", options)
     if isinstance(task_class, Settling):
         options, config = task_class.settle(options, config, targets)
     start = start_from(config.model_copy(update={"freeze": False}) if planned else config, encoder)

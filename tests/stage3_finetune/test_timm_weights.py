@@ -101,13 +101,29 @@ def test_a_name_that_timm_does_not_know_or_cannot_fetch_is_one_error(monkeypatch
     with pytest.raises(InputMissingError, match="timm has no such weights"):
         start_from(settings(), "timm:resnet18.no_such_tag")
 
-    def offline(*arguments: object, **more: object) -> None:
-        raise ConnectionError("no route to host\nand more")
+    real = timm.create_model
+
+    def offline(name: str, *, pretrained: bool = False, **more: Any) -> Any:
+        if pretrained:
+            raise ConnectionError("no route to host\nand more")
+        return real(name, **more)
 
     monkeypatch.setattr(timm, "create_model", offline)
     with pytest.raises(InputMissingError, match=r"cannot be fetched: ConnectionError: no route to host$") as caught:
         start_from(settings(), "timm:resnet18.a1_in1k")
     assert "save_for_hf" in str(caught.value.hint)
+    with pytest.raises(ConfigError, match=r"backbone 'resnet18' cannot be built with .*no_such"):
+        start_from(settings(backbone_options={"no_such": 1}), "timm:resnet18.a1_in1k")
+
+    def of_another_shape(name: str, *, pretrained: bool = False, **more: Any) -> Any:
+        model = real(name, **more)
+        if pretrained:
+            model.load_state_dict({"conv1.weight": torch.zeros(1)})
+        return model
+
+    monkeypatch.setattr(timm, "create_model", of_another_shape)
+    with pytest.raises(ConfigError, match=r"its weights do not fit \{\}: Error\(s\) in loading state_dict"):
+        start_from(settings(), "timm:resnet18.a1_in1k")
 
 
 def test_weights_by_name_are_taken_whole_or_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
