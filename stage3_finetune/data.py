@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float32
+from PIL import Image as Pillow
 from torch.nn.functional import interpolate
 
 from shared.artifact import file_sha256
@@ -26,6 +27,9 @@ from shared.rng import below, uniform_u32
 from stage3_finetune.config import AugmentConfig
 from stage3_finetune.contracts import WHOLE, Batch, Example, Targets, View
 
+_RASTER = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
+_TURNED = (5, 6, 7, 8)
+"""Orientations of EXIF that change height for width."""
 WORKING_SIDES = 2
 """A working copy's longer side is at most this many times ``size_px``: enough for any crop, bounded in memory."""
 
@@ -187,6 +191,23 @@ class Part:
             self._room -= copy.pixels.nbytes
             self._cache[index] = copy
         return copy
+
+
+def image_size(source: Source) -> tuple[int, int]:
+    """Height and width of an image as it is read; only the head of a PNG, JPEG or TIFF is looked at.
+
+    Raises:
+        DecodeError: It cannot be read.
+    """
+    if source.path.suffix.lower() in _RASTER:
+        try:
+            with Pillow.open(source.path, formats=("PNG", "JPEG", "TIFF")) as image:
+                turned = image.getexif().get(0x0112) in _TURNED
+                return (image.width, image.height) if turned else (image.height, image.width)
+        except Exception:
+            pass  # what Pillow cannot open, the reader may, or it says why not
+    height, width = read_image(source).pixels.shape[1:]
+    return height, width
 
 
 def work_on(image: Image, channels: int, size_px: int) -> Working:

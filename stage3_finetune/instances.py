@@ -11,14 +11,14 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 from jaxtyping import Bool, Float64, Int64
-from PIL import Image
 from torch import Tensor
 
 from shared.coco import read_coco
-from shared.errors import ConfigError, MwmError
-from shared.images import Source, read_image
+from shared.errors import ConfigError, DecodeError
+from shared.images import Source
 from stage3_finetune.annotations import HUNDREDTHS, Annotated, FaultyFile, from_coco, read_indices, read_voc, unpack
 from stage3_finetune.contracts import Example, View
+from stage3_finetune.data import image_size
 from stage3_finetune.labels import listed, read_table
 
 KEPT_MIN = 0.25
@@ -28,8 +28,6 @@ ONE_CLASS = "thing"
 _READERS = {".xml": read_voc, ".png": read_indices}
 _SHOWN = 8
 _ROUNDING = 1e-6
-_ORIENTATION, _SIDEWAYS = 0x0112, 5
-"""EXIF's tag, and its least value that turns an image on its side."""
 
 
 @dataclass(frozen=True)
@@ -289,16 +287,11 @@ def _seen(
 
 
 def _size_px(source: Source) -> tuple[int, int] | None:
-    """Height and width of an upright image, from its head where that tells; None: it cannot be decoded."""
+    """Height and width of an image; None: it cannot be decoded, which is told where it is read, in better words."""
     try:
-        if source.path.suffix.lower() in (".png", ".jpg", ".jpeg"):
-            with Image.open(source.path) as image:
-                turned = image.getexif().get(_ORIENTATION, 1) >= _SIDEWAYS
-                return (image.width, image.height) if turned else (image.height, image.width)
-        _, height, width = read_image(source).pixels.shape
-    except (MwmError, OSError, ValueError, SyntaxError):
-        return None  # told where it is read, in better words
-    return height, width
+        return image_size(source)
+    except DecodeError:
+        return None
 
 
 def _shown(size_px: tuple[int, int]) -> str:

@@ -17,15 +17,13 @@ from torch import Tensor
 
 from shared.decode import check_png, read_bytes
 from shared.errors import ConfigError, DecodeError
-from shared.images import Source, read_image
+from shared.images import Source
 from stage3_finetune.contracts import Example, View
+from stage3_finetune.data import image_size
 from stage3_finetune.labels import listed, read_table
 from stage3_finetune.segmentation.drawn import CLASSES_MAX, IGNORE, Drawn, draw
 from stage3_finetune.segmentation.options import SegmentOptions
 
-_RASTER = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
-_TURNED = (5, 6, 7, 8)
-"""Orientations of EXIF that change height for width."""
 _SMALL_GREY = {2: 85, 4: 17}
 """Bits of a grey PNG -> what Pillow multiplies its values by."""
 
@@ -189,23 +187,6 @@ def read_values(path: Path) -> Shaped[np.ndarray, "H W"]:
         raise DecodeError(f"not a PNG ({type(error).__name__})") from None
     values = np.asarray(ImageOps.exif_transpose(image)).astype(np.int64)
     return values // _SMALL_GREY.get(data[24], 1) if data[25] == 0 else values
-
-
-def image_size(source: Source) -> tuple[int, int]:
-    """Height and width of an image as it is read; only the head of a PNG, JPEG or TIFF is looked at.
-
-    Raises:
-        DecodeError: It cannot be read.
-    """
-    if source.path.suffix.lower() in _RASTER:
-        try:
-            with Image.open(source.path, formats=("PNG", "JPEG", "TIFF")) as image:
-                turned = image.getexif().get(0x0112) in _TURNED
-                return (image.width, image.height) if turned else (image.height, image.width)
-        except Exception:
-            pass  # what Pillow cannot open, the reader may, or it says why not
-    height, width = read_image(source).pixels.shape[1:]
-    return height, width
 
 
 def _nearest(first: float, last: float, size: int, side_px: int) -> Int64[np.ndarray, "S"]:

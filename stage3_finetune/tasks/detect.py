@@ -28,6 +28,7 @@ from shared.config import Strict
 from shared.errors import ConfigError
 from shared.rng import seed_key
 from stage3_finetune.annotations import HUNDREDTHS, pack
+from stage3_finetune.config import FinetuneConfig
 from stage3_finetune.contracts import Batch, Example
 from stage3_finetune.detections import MILLIONTHS, Answer, DetectPredictions
 from stage3_finetune.export import Preprocessing, read_model, take_weights, told_as_corrupt, write_model
@@ -107,6 +108,13 @@ class Detect:
             torch.manual_seed(seed_key("finetune/head", seed) % 2**63)
             self.model = _build(options, backbone, len(classes), preprocessing)
         self.head = tuple(name for name in self.model.state_dict() if not name.startswith(f"backbone.{ENCODER}"))
+
+    @staticmethod
+    def settle(
+        options: DetectOptions, config: FinetuneConfig, targets: InstanceTargets
+    ) -> tuple[DetectOptions, FinetuneConfig]:
+        """Whether masks are learnt follows from the labels."""
+        return targets.options, config
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """The sum of torchvision's losses (``loss``), and each."""

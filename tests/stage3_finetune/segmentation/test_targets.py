@@ -15,10 +15,10 @@ from shared.images import find_sources
 from shared.rng import uniform_u32
 from stage3_finetune.config import AugmentConfig
 from stage3_finetune.contracts import WHOLE, Example, View
-from stage3_finetune.data import augment_image, squash
+from stage3_finetune.data import augment_image, image_size, squash
 from stage3_finetune.segmentation.drawn import IGNORE
 from stage3_finetune.segmentation.options import SegmentOptions
-from stage3_finetune.segmentation.targets import MaskTargets, image_size, read_values
+from stage3_finetune.segmentation.targets import MaskTargets, read_values
 
 LUNG = SegmentOptions(values={"lung": 255, "heart": (3, 4)}, ignore=(127,))
 PLAIN = MaskTargets(Path("labels.csv"))
