@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from html import escape
 
 import numpy as np
 from jaxtyping import Float32
 
-from shared.figures import REGION_COLOURS, Colour, contour, paint, picture
+from shared.gallery import Outlined, outlined
 from shared.page import Section
 from stage3_finetune.annotations import HUNDREDTHS, unpack
 from stage3_finetune.average_precision import match
@@ -17,8 +16,6 @@ from stage3_finetune.instances import Things
 SHOWN = 8
 SURE = 500_000
 """Answers of at least this score, in millionths, are counted and drawn."""
-_SIDE_PX = 320
-_THERE, _SAID = REGION_COLOURS[1], REGION_COLOURS[0]
 
 
 def worst_images(
@@ -47,25 +44,19 @@ def worst_images(
         false += np.bincount(matches.image, minlength=len(sure)) - right
     errors = missed + false
     order = sorted(range(len(sure)), key=lambda place: (-int(errors[place]), sample_ids[place]))
-    figures = ""
+    shown = []
     for place in order[:SHOWN]:
         if not errors[place]:
             break
         truth, found = sure[place]
-        drawn = paint(read(sample_ids[place]), side_px=_SIDE_PX)
-        for things, colour in ((truth, _THERE), (found, _SAID)):
-            for index in range(len(things)):
-                drawn = contour(drawn, _field(things, index), colour)
-        counts = f"{len(truth) - missed[place]} of {len(truth)} found, {false[place]} false"
-        figures += (
-            f"<figure>{picture(drawn, f'{sample_ids[place]}: {counts}')}<figcaption><b>{counts}</b>{_best(found)}"
-            f"<br>{escape(sample_ids[place])}</figcaption></figure>"
-        )
-    if not figures:
+        counts = f"{len(truth) - missed[place]} of {len(truth)} found, {false[place]} false{_best(found)}"
+        fields = [[_field(things, index) for index in range(len(things))] for things in (truth, found)]
+        shown.append(Outlined(sample_ids[place], read(sample_ids[place]), *fields, counts))
+    if not shown:
         return []
     total = f"{int((errors > 0).sum())} of {len(sure)} images have an error at a score of .5 and IoU of .5 (boxes)."
-    key = f'<p class="lead">{_dot(_THERE)}truth &ensp;{_dot(_SAID)}answers of a score of .5 or more. {total}</p>'
-    return [Section("Most wrong", f'{key}<div class="row few">{figures}</div>')]
+    note = "Light line: truth. Orange line: answers of a score of .5 or more."
+    return [Section("Most wrong", f'<p class="lead">{total}</p>{outlined(shown)}', note)]
 
 
 def _sure(found: Things) -> Things:
@@ -87,7 +78,3 @@ def _field(things: Things, index: int) -> Float32[np.ndarray, "H W"]:
 
 def _best(found: Things) -> str:
     return f", best {int(found.scores[0]) / 1_000_000:.2f}" if found.scores is not None and len(found) else ""
-
-
-def _dot(colour: Colour) -> str:
-    return f'<i class="dot" style="--region:rgb({",".join(map(str, colour))})"></i>'
