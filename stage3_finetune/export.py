@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from shared.artifact import write_atomic
-from shared.backbones import CONFIG, WEIGHTS, put_tensors
+from shared.backbones import CONFIG, WEIGHTS, Backbone, build, put_tensors
 from shared.errors import CorruptError, MwmError
 from stage3_finetune.heads import Headed
 
@@ -38,8 +38,7 @@ def export_model(
     model: nn.Module,
     folder: Path,
     *,
-    architecture: str,
-    model_args: Mapping[str, Any],
+    backbone: Backbone,
     classes: Sequence[str],
     preprocessing: Preprocessing,
     about: Mapping[str, Any] | None = None,
@@ -52,36 +51,55 @@ def export_model(
     Args:
         model: A timm model with its classifier, or `Headed`.
         folder: Created if absent.
-        architecture: timm's name.
-        model_args: Arguments of ``timm.create_model`` beside the number of classes and channels.
+        backbone: The encoder in it.
         classes: Names in the order of the outputs; timm hands them on as ``label_names``.
         preprocessing: Stored in timm's terms.
         about: What timm does not ask for: the task, its head.
     """
     headed = isinstance(model, Headed)
     timm_model: Any = model.encoder if headed else model
-    side = preprocessing.size_px
-    config = {
-        "architecture": f"mwm-{(about or {})['head']}:{architecture}" if headed else architecture,
+    config = describe(backbone, preprocessing)
+    if headed:
+        config["architecture"] = f"mwm-{(about or {})['head']}:{backbone.name}"
+    config["pretrained_cfg"] |= {
         "num_classes": len(classes),
-        "num_features": timm_model.num_features,
-        "label_names": list(classes),
-        "model_args": {"in_chans": preprocessing.channels, **model_args},
+        "fixed_input_size": bool(timm_model.pretrained_cfg.get("fixed_input_size", False)),
+        "crop_pct": 1.0,
+        "first_conv": timm_model.pretrained_cfg.get("first_conv"),
+        "classifier": timm_model.pretrained_cfg.get("classifier"),
+    }
+    config |= {"num_classes": len(classes), "num_features": timm_model.num_features, "label_names": list(classes)}
+    write_model(model, folder, config if about is None else {**config, "mwm": dict(about)})
+
+
+def describe(backbone: Backbone, preprocessing: Preprocessing) -> dict[str, Any]:
+    """What a configuration says of the encoder and its input, in timm's terms; `described` reads it."""
+    side, channels = preprocessing.size_px, preprocessing.channels
+    return {
+        "architecture": backbone.name,
+        "model_args": {"in_chans": channels, **backbone.args},
         "pretrained_cfg": {
-            "num_classes": len(classes),
-            "input_size": [preprocessing.channels, side, side],
-            "fixed_input_size": bool(timm_model.pretrained_cfg.get("fixed_input_size", False)),
+            "input_size": [channels, side, side],
             "interpolation": "bilinear",
-            "crop_pct": 1.0,
             "crop_mode": "squash",
             "mean": list(preprocessing.mean),
             "std": list(preprocessing.std),
-            "first_conv": timm_model.pretrained_cfg.get("first_conv"),
-            "classifier": timm_model.pretrained_cfg.get("classifier"),
         },
-        **({} if about is None else {"mwm": dict(about)}),
     }
-    write_model(model, folder, config)
+
+
+def described(config: Mapping[str, Any]) -> tuple[Backbone, Preprocessing]:
+    """The encoder, with random weights, and its input, as a configuration of `describe` or `export_model` has them.
+
+    Raises:
+        KeyError, TypeError, ValueError: It has not; see `told_as_corrupt`.
+    """
+    stored, args = config["pretrained_cfg"], dict(config["model_args"])
+    channels, side, _ = stored["input_size"]
+    preprocessing = Preprocessing(side, channels, tuple(stored["mean"]), tuple(stored["std"]))
+    args.pop("in_chans")
+    stride = args.pop("output_stride", None)
+    return build(config["architecture"], in_chans=channels, output_stride=stride, model_args=args), preprocessing
 
 
 def write_model(model: nn.Module, folder: Path, config: Mapping[str, Any]) -> None:

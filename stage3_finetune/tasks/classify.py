@@ -13,13 +13,13 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, normalize, one_hot
 
-from shared.backbones import Backbone, build
+from shared.backbones import Backbone
 from shared.config import Strict
 from shared.errors import ConfigError
 from stage3_finetune.class_targets import BETWEEN, ClassTargets
 from stage3_finetune.config import FinetuneConfig
 from stage3_finetune.contracts import Batch, Example
-from stage3_finetune.export import Preprocessing, export_model, read_model, take_weights, told_as_corrupt
+from stage3_finetune.export import Preprocessing, described, export_model, read_model, take_weights, told_as_corrupt
 from stage3_finetune.heads import Headed, Neighbours, put_attention, put_classifier
 from stage3_finetune.metrics import THRESHOLD
 from stage3_finetune.mixup import draw_mixup, mix
@@ -217,8 +217,7 @@ class Classify:
         export_model(
             self.model,
             folder,
-            architecture=self._backbone.name,
-            model_args=self._backbone.args,
+            backbone=self._backbone,
             classes=self.classes,
             preprocessing=self.preprocessing,
             about=about,
@@ -234,15 +233,10 @@ class Classify:
         stored, state = read_model(folder)
         with told_as_corrupt(folder):
             about = stored.get("mwm", {})  # version 1 had one head only, and did not say so
-            input_, args = stored["pretrained_cfg"], dict(stored["model_args"])
-            channels, stride = args.pop("in_chans"), args.pop("output_stride", None)
             known = {name: about[name] for name in ("head", "multi_label", "k", "temperature_milli") if name in about}
             options = ClassifyOptions(**known)
             name = stored["architecture"].removeprefix(f"mwm-{options.head}:")
-            backbone = build(name, in_chans=channels, output_stride=stride, model_args=args)
-            preprocessing = Preprocessing(
-                input_["input_size"][1], channels, tuple(input_["mean"]), tuple(input_["std"])
-            )
+            backbone, preprocessing = described({**stored, "architecture": name})
             task = cls(options, backbone, classes=stored["label_names"], preprocessing=preprocessing, seed=0)
             if options.head == "knn":
                 neighbours: Any = task.model.get_submodule("head")

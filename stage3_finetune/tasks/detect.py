@@ -23,7 +23,7 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.poolers import initLevelMapper
 
-from shared.backbones import Backbone, build
+from shared.backbones import Backbone
 from shared.config import Strict
 from shared.errors import ConfigError
 from shared.rng import seed_key
@@ -31,7 +31,15 @@ from stage3_finetune.annotations import HUNDREDTHS, pack
 from stage3_finetune.config import FinetuneConfig
 from stage3_finetune.contracts import Batch, Example
 from stage3_finetune.detections import MILLIONTHS, Answer, DetectPredictions
-from stage3_finetune.export import Preprocessing, read_model, take_weights, told_as_corrupt, write_model
+from stage3_finetune.export import (
+    Preprocessing,
+    describe,
+    described,
+    read_model,
+    take_weights,
+    told_as_corrupt,
+    write_model,
+)
 from stage3_finetune.instances import InstanceTargets, Things
 from stage3_finetune.pyramid import ENCODER, Pyramid
 
@@ -138,20 +146,11 @@ class Detect:
 
     def export(self, folder: Path) -> None:
         """A folder that `restore` reads: ``config.json`` names the architecture, classes and settings."""
-        side, channels = self.preprocessing.size_px, self.preprocessing.channels
         config = {
+            **describe(self._backbone, self.preprocessing),
             "task": "detect",
-            "architecture": self._backbone.name,
-            "model_args": {"in_chans": channels, **self._backbone.args},
             "label_names": list(self.classes),
             "options": self.options.model_dump(),
-            "pretrained_cfg": {
-                "input_size": [channels, side, side],
-                "crop_mode": "squash",
-                "interpolation": "bilinear",
-                "mean": list(self.preprocessing.mean),
-                "std": list(self.preprocessing.std),
-            },
         }
         write_model(self.model, folder, config)
 
@@ -164,12 +163,7 @@ class Detect:
         """
         config, state = read_model(folder)
         with told_as_corrupt(folder):
-            stored, args = config["pretrained_cfg"], dict(config["model_args"])
-            channels, side, _ = stored["input_size"]
-            preprocessing = Preprocessing(side, channels, tuple(stored["mean"]), tuple(stored["std"]))
-            args.pop("in_chans")
-            stride = args.pop("output_stride", None)
-            backbone = build(config["architecture"], in_chans=channels, output_stride=stride, model_args=args)
+            backbone, preprocessing = described(config)
             options, classes = DetectOptions.model_validate(config["options"]), list(config["label_names"])
             made = cls(options, backbone, classes=classes, preprocessing=preprocessing, seed=0)
         take_weights(made.model, state, folder)

@@ -17,11 +17,19 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 from torch.nn.functional import cross_entropy, interpolate
 
-from shared.backbones import Backbone, build
+from shared.backbones import Backbone
 from shared.config import validate
 from shared.errors import CorruptError
 from stage3_finetune.contracts import Batch, Example
-from stage3_finetune.export import Preprocessing, read_model, take_weights, told_as_corrupt, write_model
+from stage3_finetune.export import (
+    Preprocessing,
+    describe,
+    described,
+    read_model,
+    take_weights,
+    told_as_corrupt,
+    write_model,
+)
 from stage3_finetune.segmentation.decoder import SegmentationModel
 from stage3_finetune.segmentation.drawn import IGNORE, Drawn, draw
 from stage3_finetune.segmentation.options import SegmentOptions
@@ -130,19 +138,10 @@ class Segment:
     def export(self, folder: Path) -> None:
         """A folder that `restore` reads; tensors of the encoder have timm's names behind ``encoder.``."""
         config = {
+            **describe(self._backbone, self.preprocessing),
             "task": _TASK,
-            "architecture": self._backbone.name,
-            "model_args": {"in_chans": self.preprocessing.channels, **self._backbone.args},
-            "classes": list(self.classes),
+            "label_names": list(self.classes),
             "options": self.options.model_dump(mode="json"),
-            "preprocessing": {
-                "size_px": self.preprocessing.size_px,
-                "channels": self.preprocessing.channels,
-                "mean": list(self.preprocessing.mean),
-                "std": list(self.preprocessing.std),
-                "interpolation": "bilinear",
-                "crop_mode": "squash",
-            },
         }
         write_model(self.model, folder, config)
 
@@ -153,18 +152,9 @@ class Segment:
         with told_as_corrupt(folder):
             if config["task"] != _TASK:
                 raise CorruptError(f"{folder.name}: task {config['task']!a}, expected '{_TASK}'")
-            stored, args = config["preprocessing"], dict(config["model_args"])
-            preprocessing = Preprocessing(
-                stored["size_px"], stored["channels"], tuple(stored["mean"]), tuple(stored["std"])
-            )
-            backbone = build(
-                config["architecture"],
-                in_chans=args.pop("in_chans"),
-                output_stride=args.pop("output_stride", None),
-                model_args=args,
-            )
+            backbone, preprocessing = described(config)
             options = validate(SegmentOptions, config["options"])
-            found = cls(options, backbone, classes=config["classes"], preprocessing=preprocessing, seed=0)
+            found = cls(options, backbone, classes=config["label_names"], preprocessing=preprocessing, seed=0)
         take_weights(found.model, state, folder)
         return found
 
