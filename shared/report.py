@@ -11,12 +11,11 @@ from typing import Any
 import numpy as np
 
 from shared.charts import Row, arms_chart, duration_bars, histogram, interval_chart, line_chart
-from shared.gallery import Case, Example, cases, gallery, story, wordings
+from shared.gallery import Example, gallery, story, wordings
 from shared.page import Made, Section, chips, commands, lineage, lines, listing, page, table
 
 __all__ = [
     "ONE_BRAIN",
-    "Case",
     "Example",
     "LeftOut",
     "Made",
@@ -131,8 +130,6 @@ def finetune_report(
     facts: Mapping[str, object],
     note: str,
     warnings: Sequence[str] = (),
-    worst: Sequence[Case] = (),
-    chance: Mapping[str, float] | None = None,
 ) -> str:
     """Report of stage 3.
 
@@ -143,8 +140,6 @@ def finetune_report(
         facts: Counts and settings worth a glance.
         note: How to read the scores: number of groups, how intervals are made.
         warnings: What a reader should act upon.
-        worst: Cases where the model was most sure and wrong.
-        chance: Score -> what guessing reaches, for a line to compare with.
     """
     losses = {name: line for name, line in curves.items() if "loss" in name}
     others = {name: line for name, line in curves.items() if "loss" not in name}
@@ -152,10 +147,9 @@ def finetune_report(
     if others:
         charts.append(line_chart(others, x_label="epoch", y_label="score"))
     sections = [
-        Section("Scores on the test part, touched once", interval_chart(scores, chance=chance), note),
+        Section("Scores on the test part, touched once", interval_chart(scores), note),
         *more,
         Section("How it went", _beside(charts)),
-        Section("Most sure and wrong", cases(worst) if worst else ""),
         _left_out({}, warnings),
     ]
     return page("Model", "An encoder with labels: scores on images of groups it never saw.", sections, facts)

@@ -14,7 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-from faster_coco_eval.core import mask as run_lengths
+from faster_coco_eval.core import mask as coco_masks
 from jaxtyping import Bool
 from PIL import Image, UnidentifiedImageError
 
@@ -137,7 +137,7 @@ def from_coco(item: Labelled) -> Annotated:
         mask = None if thing.outline is None else _packed(thing.outline, size_px)
         if isinstance(box, str):
             faults.append(f"'{thing.region}': {box}")
-        elif mask is not None and not run_lengths.area({"size": list(size_px), "counts": mask.encode()}):
+        elif mask is not None and not coco_masks.area({"size": list(size_px), "counts": mask.encode()}):
             faults.append(f"'{thing.region}': its outline holds no pixel")
         else:
             things.append(Thing(thing.region, box, mask))
@@ -168,13 +168,13 @@ def pack(inside: Bool[np.ndarray, "H W"]) -> str:
     >>> pack(np.array([[False, True], [False, True]]))
     '22'
     """
-    packed: bytes = run_lengths.encode(np.asfortranarray(inside.astype(np.uint8)))["counts"]
+    packed: bytes = coco_masks.encode(np.asfortranarray(inside.astype(np.uint8)))["counts"]
     return packed.decode("ascii")
 
 
 def unpack(mask: str, size_px: tuple[int, int]) -> Bool[np.ndarray, "H W"]:
     """The mask of packed run lengths that `pack` made or `annotations` checked."""
-    decoded = run_lengths.decode({"size": list(size_px), "counts": mask.encode("ascii")})
+    decoded = coco_masks.decode({"size": list(size_px), "counts": mask.encode("ascii")})
     return np.asarray(decoded).astype(bool)
 
 
@@ -195,10 +195,10 @@ def _packed(outline: Outline, size_px: tuple[int, int]) -> str:
     height, width = size_px
     if outline.runs:
         given = {"size": [height, width], "counts": list(outline.runs)}
-        packed: bytes = run_lengths.frPyObjects(given, height, width)["counts"]
+        packed: bytes = coco_masks.frPyObjects(given, height, width)["counts"]
     else:
-        parts = run_lengths.frPyObjects([list(polygon) for polygon in outline.polygons], height, width)
-        packed = run_lengths.merge(parts)["counts"]
+        parts = coco_masks.frPyObjects([list(polygon) for polygon in outline.polygons], height, width)
+        packed = coco_masks.merge(parts)["counts"]
     return packed.decode("ascii")
 
 

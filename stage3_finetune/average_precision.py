@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 from faster_coco_eval import COCO, COCOeval_faster
-from faster_coco_eval.core import mask as run_lengths
+from faster_coco_eval.core import mask as coco_masks
 from jaxtyping import Bool, Float64, Int64
 
 from shared.page import Section, table
@@ -250,7 +250,7 @@ def overlaps(
         sides: list[Any] = [_xywh(found.boxes[said]), _xywh(truth.boxes[there])]
     else:
         sides = [[_rle(things, index) for index in chosen] for things, chosen in ((found, said), (truth, there))]
-    return np.asarray(run_lengths.iou(*sides, [0] * len(there)))
+    return np.asarray(coco_masks.iou(*sides, [0] * len(there)))
 
 
 def average_precision(matches: Matches, weight: Int64[np.ndarray, "R N"]) -> Float64[np.ndarray, "R 2 T"]:
@@ -345,7 +345,7 @@ def _rows(images: Sequence[Things], kind: str) -> list[dict[str, Any]]:
                 row |= {"bbox": box, "area": box[2] * box[3]}
             else:
                 shape = _rle(things, index)
-                row |= {"segmentation": shape, "area": float(run_lengths.area(shape))}
+                row |= {"segmentation": shape, "area": float(coco_masks.area(shape))}
             if things.scores is not None:
                 row["score"] = int(things.scores[index]) / 1_000_000
             rows.append(row)

@@ -59,10 +59,6 @@ class FeaturePart:
         """Size of an image's features; 0 before any."""
         return 0.0 if self._values is None else self._values.nbytes / len(self)
 
-    def item(self, index: int, epoch: int) -> Item:
-        """The image itself, as `Part.item`."""
-        return self._part.item(index, epoch)
-
     def fill(self, told: Callable[[int, int], None] = lambda done, total: None) -> None:
         """Compute what is missing of all; ``told`` hears after each block how many images are done, and of how many."""
         self._compute(range(len(self)), told)

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 
 from shared.charts import confusion_matrix
+from shared.gallery import Case, cases
 from shared.page import commands, digest
 from shared.report import (
     ONE_BRAIN,
-    Case,
     Example,
     LeftOut,
     Made,
@@ -119,11 +119,13 @@ def test_every_report_is_whole_escaped_and_asks_for_nothing(example: Example) ->
         pretrain_report(curves=LINES, hidden=LINES, examples=[example], facts={"a": 1}, settings={EVIL: EVIL}),
         finetune_report(
             scores=[(EVIL, 0.5, 0.25, 0.75)],
-            more=[Section(EVIL, confusion_matrix([EVIL, "b"], [[3, 1], [0, 4]]), EVIL)],
+            more=[
+                Section(EVIL, confusion_matrix([EVIL, "b"], [[3, 1], [0, 4]]), EVIL),
+                Section("Worst", cases([Case(EVIL, example.image, EVIL, EVIL, 0.9)])),
+            ],
             curves={**LINES, "val loss": ([1], [2])},
             facts={},
             note=EVIL,
-            worst=[Case(EVIL, example.image, EVIL, EVIL, 0.9)],
         ),
         audit_report([AUDIT]),
         tour([example]),

@@ -141,7 +141,12 @@ def test_a_folder_gives_the_same_model_back_and_a_damaged_one_is_refused(tmp_pat
         assert back.predict(batch()) == one.predict(batch())
     path = tmp_path / "model/config.json"
     config = path.read_text()
-    for old, new in (('"segment"', '"classify"'), ('"input_size"', '"size"'), ('"width": 8', '"width": 16'), ("{", "[")):
+    for old, new in (
+        ('"segment"', '"classify"'),
+        ('"input_size"', '"size"'),
+        ('"width": 8', '"width": 16'),
+        ("{", "["),
+    ):
         path.write_text(config.replace(old, new, 1))
         with pytest.raises(CorruptError, match="model"):
             Segment.restore(tmp_path / "model")
