@@ -39,10 +39,10 @@ def resolve_device(device: str) -> str:
     """
     import torch
 
-    there = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if device == "auto":
-        return "cuda" if there["cuda"]() else "cpu"
-    if device in there and not there[device]():
+        return "cuda" if there["cuda"] else "cpu"
+    if not there.get(device, True):
         what = "no usable GPU" if device == "cuda" else "none"
         raise ConfigError(f"device: {device}, but this machine has {what}", hint="device=auto takes what there is")
     return device

@@ -50,8 +50,8 @@ def worst_images(
             break
         truth, found = sure[place]
         counts = f"{len(truth) - missed[place]} of {len(truth)} found, {false[place]} false{_best(found)}"
-        fields = [[_field(things, index) for index in range(len(things))] for things in (truth, found)]
-        shown.append(Outlined(sample_ids[place], read(sample_ids[place]), *fields, counts))
+        there, said = ([_field(things, index) for index in range(len(things))] for things in (truth, found))
+        shown.append(Outlined(sample_ids[place], read(sample_ids[place]), there, said, counts))
     if not shown:
         return []
     total = f"{int((errors > 0).sum())} of {len(sure)} images have an error at a score of .5 and IoU of .5 (boxes)."
