@@ -203,24 +203,32 @@ def _integrity(folder: Path, name: str, cards: dict[Path, Card]) -> list[Row]:
 
         count = card.identity.outputs.get("samples")
         rows.append(_row(name, kind, "maps", count if isinstance(count, int) else 0, verify_store(folder, card)))
-    if kind == "model" and not findings:
+    if kind in ("model", "study") and not findings:
         rows.append(_scores(folder, card, name))
     return rows
 
 
 def _scores(folder: Path, card: Card, name: str) -> Row:
-    """A model's metrics against its predictions: no id covers them, so a new seal on the card would hide a change."""
-    from stage3_finetune.rescore import rescore
+    """A model's metrics against its predictions: no id covers them, so a new seal on the card would hide a change.
 
+    A study's numbers and sentences, against the predictions of its runs.
+    """
+    kind, outputs = card.identity.kind, card.identity.outputs
     try:
-        found = rescore(folder, card)
+        if kind == "study":
+            from pipelines.study_summary import recompute
+
+            found, count = recompute(folder, card), int(outputs.get("runs", 0))
+        else:
+            from stage3_finetune.rescore import rescore
+
+            found, count = rescore(folder, card), int(outputs.get("test", 0)) + int(outputs.get("val", 0))
     except IncompatibleError as error:
-        return Row(name, "model", "scores", 0, "unrecomputable", error.message)
+        return Row(name, kind, "scores", 0, "unrecomputable", error.message)
     except CorruptError as error:
-        return Row(name, "model", "scores", 0, "corrupt", error.message)
-    count = int(card.identity.outputs.get("test", 0)) + int(card.identity.outputs.get("val", 0))
+        return Row(name, kind, "scores", 0, "corrupt", error.message)
     more = f"; and {len(found) - 5} more" if len(found) > 5 else ""
-    return Row(name, "model", "scores", count, "drift" if found else "identical", "; ".join(found[:5]) + more)
+    return Row(name, kind, "scores", count, "drift" if found else "identical", "; ".join(found[:5]) + more)
 
 
 def _absent(path: Path, cards: dict[Path, Card]) -> Iterator[Row]:

@@ -282,11 +282,15 @@ def _template() -> Check:
 def _recipes() -> Check:
     """Every built-in recipe still resolves."""
     from pipelines.chain import ChainConfig
-    from pipelines.options import RECIPES, read_config
+    from pipelines.options import RECIPES, is_study, read_config
+    from pipelines.study_config import StudyConfig
 
     names = sorted(path.stem for path in RECIPES.glob("*.yaml"))
     for name in names:
-        read_config(ChainConfig, name, None, ["localize.regions.any=any"])  # most leave regions to the user
+        if is_study(name):
+            read_config(StudyConfig, name, None, None)
+        else:
+            read_config(ChainConfig, name, None, ["localize.regions.any=any"])  # most leave regions to the user
     if not names:
         return Check("recipes", "BAD", "none", "the built-in recipes", "reinstall mwm")
     return Check("recipes", "ok", ", ".join(names))

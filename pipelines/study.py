@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -154,17 +155,26 @@ def run_study(config: StudyConfig, *, out: Path, images: Path, fresh: bool = Fal
     with Lease(out):
         _begin(out, spec, config)
         children = Children(out)
-        stores = {name: _stores(config, corpus, images, out, children) for name, corpus in corpora.items()}
+        stores = {name: _stores(config, corpus, images, out) for name, corpus in corpora.items()}
         for corpus in corpora.values():
             for round_ in range(config.rounds):
                 for fold in range(config.folds):
                     rows = fold_rows(corpus, config, round_, fold)
                     write_fold(corpus, rows, fold_folder(out, corpus.name, round_, fold))
-        runs = [run for run in plan(config) if run.corpus in corpora]
-        steps = {run: _steps(config, run, out, corpora[run.corpus].images, stores[run.corpus]) for run in runs}
-        write_atomic(out / COMMANDS, "".join(_told(step) for run in runs for step in steps[run]).encode())
-        _run_all(steps, children, config.jobs, lambda: publish_study(config, corpora, out, command))
-        return publish_study(config, corpora, out, command)
+        steps = {
+            run: _steps(config, run, out, corpora[run.corpus].images, stores[run.corpus][0]) for run in plan(config)
+        }
+        made = [step for _, own in stores.values() for step in own]
+        made += [step for own in steps.values() for step in own]
+        write_atomic(out / COMMANDS, "".join(map(_told, made)).encode())
+        for (_, name), runs in groupby(steps, lambda run: (run.round, run.corpus)):
+            for step in stores[name][1]:
+                if not step.done:
+                    _say(f"{name}: localize {len(corpora[name].sources)} images into {step.out.name}")
+                    _stoppable(children, step)
+            own = {run: steps[run] for run in runs}
+            _run_all(own, children, config.jobs, lambda: publish_study(config, out, command))
+        return publish_study(config, out, command)
 
 
 def _begin(out: Path, spec: dict[str, Any], config: StudyConfig) -> None:
@@ -177,11 +187,12 @@ def _begin(out: Path, spec: dict[str, Any], config: StudyConfig) -> None:
     write_atomic(out / "run/study.yaml", scrub(dump_yaml(config)).encode())
 
 
-def _stores(config: StudyConfig, corpus: Corpus, images: Path, out: Path, children: Children) -> dict[str, str]:
-    """Region stores by name: of the words, and of the labels where an arm asks for them."""
+def _stores(config: StudyConfig, corpus: Corpus, images: Path, out: Path) -> tuple[dict[str, str], list[Step]]:
+    """Region stores by name: of the words, and of the labels where an arm asks for them; and what makes them."""
     settings = config.corpora[corpus.name]
     listed, folder = images / settings.images, out / corpus.name
     found: dict[str, str] = {}
+    steps: list[Step] = []
     wanted = {arm.store for arm in config.arms_of(corpus.name).values() if arm.pretrain is not None}
     if "localized" in wanted:
         if settings.store is not None:
@@ -189,17 +200,16 @@ def _stores(config: StudyConfig, corpus: Corpus, images: Path, out: Path, childr
         else:
             recipe = _recipe(folder / "localize.yaml", "localize", config.localize_config(corpus.name))
             arguments = ("localize", recipe, "--images", str(listed), "--out", str(folder / "regions"))
-            _say(f"{corpus.name}: localize {len(corpus.sources)} images")
-            _stoppable(children, Step(folder / "regions", arguments))
+            steps.append(Step(folder / "regions", arguments))
             found["localized"] = str(folder / "regions")
     if "oracle" in wanted:
         grounder = {"name": "oracle", "options": {"labels": str((images / str(settings.outlines)).resolve())}}
         oracle = config.localize_config(corpus.name, grounder=grounder, segmenter="none")
         recipe = _recipe(folder / "oracle.yaml", "localize", oracle)
         arguments = ("localize", recipe, "--images", str(listed), "--out", str(folder / "oracle"))
-        _stoppable(children, Step(folder / "oracle", arguments))
+        steps.append(Step(folder / "oracle", arguments))
         found["oracle"] = str(folder / "oracle")
-    return found
+    return found, steps
 
 
 def run_settings(config: StudyConfig, run: Run, fold: Path) -> dict[str, Any]:
@@ -262,7 +272,7 @@ def _run_all(steps: dict[Run, list[Step]], children: Children, jobs: int, after_
     """Run what is not done, so many runs at a time; the first failure stops the others."""
     waiting = iter([run for run, own in steps.items() if not all(step.done for step in own)])
     total, done = len(steps), sum(all(step.done for step in own) for own in steps.values())
-    _say(f"{done} of {total} runs are done")
+    _say(f"{next(iter(steps)).corpus}: {done} of {total} runs are done")
     left: dict[tuple[int, int], int] = {}
     for run, own in steps.items():
         if not all(step.done for step in own):
@@ -297,8 +307,6 @@ def _one(steps: Sequence[Step], children: Children) -> None:
 
 
 def _stoppable(children: Children, step: Step) -> None:
-    if step.done:
-        return
     with Signals() as signals, ThreadPoolExecutor(1) as pool:
         future = pool.submit(children.run, step.arguments)
         while not wait([future], timeout=1.0).done:

@@ -73,12 +73,15 @@ def fold_folder(out: Path, corpus: str, round_: int, fold: int) -> Path:
 
 
 def plan(config: StudyConfig) -> list[Run]:
-    """Every run, whole folds at a time: what is done first can be compared first."""
+    """Every run, whole folds at a time, one corpus after another: what is done first can be compared first.
+
+    A round of one corpus says more than single folds of several, of which none could resolve anything.
+    """
     return [
         Run(corpus, round_, fold, arm)
         for round_ in range(config.rounds)
-        for fold in range(config.folds)
         for corpus in config.corpora
+        for fold in range(config.folds)
         for arm in config.arms_of(corpus)
     ]
 

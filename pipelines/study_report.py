@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING
@@ -16,9 +17,9 @@ if TYPE_CHECKING:
 _HOW = (
     "Folds never cut through a group; each image is tested once a round, by a model that saw neither its group's "
     "labels nor, in pretraining, its pixels. Differences are paired by image; intervals resample whole groups. "
-    "Models are those after the last epoch: nothing is chosen by the test part. Intervals are of these trained models: "
-    "they do not hold what another seed would change, so look at the rounds apart too. Rank scores are pooled over "
-    "folds."
+    "Models are those after the last epoch: nothing is chosen by the test part. Each fold has a seed of its own: the "
+    "second interval of a difference is over these seeds (corrected resampled t-test), the first over groups, of the "
+    "models as they were trained. A difference is called real where both say so. Rank scores are pooled over folds."
 )
 
 
@@ -27,17 +28,25 @@ def study_page(config: StudyConfig, summary: Summary) -> str:
     sections = [Section("What it says", _sentences(summary), _HOW)]
     for found in summary.tables:
         for score, compared in found.scores.items():
-            rows = [(f"{d.arm} against {d.than}", d.value, d.low, d.high) for d in compared.differences]
-            smallest = max((d.smallest for d in compared.differences), default=0.0)
-            note = (
-                f"{compared.images} images in {compared.groups} groups, {_folds(found, config)}. A true difference "
-                f"below {100 * smallest:.1f} points would not be told from none (80 % power, 5 % level)."
-            )
-            if found.rounds > 1:
-                told = "; ".join(
-                    f"{d.arm} {', '.join(f'{100 * gap:+.1f}' for gap in d.by_round)}" for d in compared.differences
+            rows = [
+                row
+                for d in compared.differences
+                for row in (
+                    (f"{d.arm} against {d.than}, over groups", d.value, d.low, d.high),
+                    (f"over {len(d.by_seed)} seeds", d.value, d.seed_low, d.seed_high),
                 )
-                note += f" By round: {told}."
+            ]
+            smallest = max((d.smallest for d in compared.differences), default=0.0)
+            note = f"{compared.images} images in {compared.groups} groups, {_folds(found, config)}. " + (
+                f"A true difference below {100 * smallest:.1f} points would not be told from none (80 % power, 5 % "
+                "level)."
+                if math.isfinite(smallest)
+                else "With one seed no difference can be told from none."
+            )
+            told = "; ".join(
+                f"{d.arm} {', '.join(f'{100 * gap:+.1f}' for gap in d.by_seed)}" for d in compared.differences
+            )
+            note += f" By seed: {told}."
             if config.corpora[found.corpus].supervised:
                 note += " The grounder has been taught by labels of this set: its regions are supervised here."
             sections.append(Section(f"{found.corpus}, {found.endpoint}: {score}", forest_chart(rows), note))

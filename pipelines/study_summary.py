@@ -13,18 +13,19 @@ import numpy as np
 from jaxtyping import Float, Int64
 
 from pipelines.study_config import StudyConfig
-from pipelines.study_plan import Corpus, Run, plan
+from pipelines.study_plan import Run, plan
 from pipelines.study_report import study_page
 from pipelines.study_stats import Compared, Measure, compare, verdict
 from shared.artifact import CARD, Artifact, Card, Input, publish, read_card, write_atomic
-from shared.config import digest, dump_yaml
+from shared.config import digest, dump_yaml, read_yaml, validate
 from shared.config import spec as config_spec
-from shared.errors import SpecMismatchError
+from shared.errors import ConfigError, CorruptError, IncompatibleError, SpecMismatchError
 from shared.runlog import scrub
-from shared.workspace import begin, set_aside
+from shared.workspace import RESOLVED, begin, set_aside
 from stage3_finetune.contracts import Predictions
 
 VERSION = 1
+NUMBERS = "study.json"
 _LOWER = ("brier", "ece")
 """Scores of which less is better; a difference of them would read as the reverse."""
 
@@ -75,10 +76,10 @@ class Summary:
         return asdict(self)
 
 
-def publish_study(config: StudyConfig, corpora: Mapping[str, Corpus], out: Path, command: str) -> Artifact:
+def publish_study(config: StudyConfig, out: Path, command: str) -> Artifact:
     """Summarise what is complete and publish it in ``OUT/study``; an older state is kept aside."""
-    cards = {run: run_cards(config, run, out) for run in plan(config) if run.corpus in corpora}
-    summary = summarise(config, corpora, cards, out)
+    cards = {run: run_cards(config, run, out) for run in plan(config)}
+    summary = summarise(config, cards, out)
     folder = out / "study"
     folder.mkdir(exist_ok=True)
     models = {f"{name(run)}/{made}": card for run, own in cards.items() for made, card in own.items()}
@@ -98,7 +99,7 @@ def publish_study(config: StudyConfig, corpora: Mapping[str, Corpus], out: Path,
     if card is not None:
         return Artifact(folder, card)
     body = json.dumps(_finite(summary.as_dict()), indent=1, ensure_ascii=False) + "\n"
-    write_atomic(folder / "study.json", body.encode())
+    write_atomic(folder / NUMBERS, body.encode())
     lines = [json.dumps({"run": role, **card.model_dump(mode="json")}, sort_keys=True) for role, card in models.items()]
     write_atomic(folder / "cards.jsonl", ("\n".join(lines) + "\n").encode())
     write_atomic(folder / "report.html", study_page(config, summary).encode())
@@ -126,24 +127,56 @@ def run_cards(config: StudyConfig, run: Run, out: Path) -> dict[str, Card]:
     return {made: read_card(folder / made) for made in wanted if (folder / made / CARD).is_file()}
 
 
-def summarise(
-    config: StudyConfig, corpora: Mapping[str, Corpus], cards: Mapping[Run, Mapping[str, Card]], out: Path
-) -> Summary:
+def recompute(folder: Path, card: Card) -> list[str]:
+    """What a published study says and its runs do not, by their predictions; call it on files that are whole.
+
+    Args:
+        folder: The study; its runs lie beside it.
+        card: Its card.
+
+    Raises:
+        IncompatibleError: A run that it names is not there, or is another one.
+        CorruptError: Its settings or numbers cannot be read.
+    """
+    try:
+        config = validate(StudyConfig, read_yaml(folder / RESOLVED))
+        told = json.loads((folder / NUMBERS).read_bytes())
+    except (ConfigError, OSError, ValueError, RecursionError) as error:
+        raise CorruptError(f"{RESOLVED} or {NUMBERS} cannot be read: {error}") from None
+    out = folder.parent
+    wanted = {item.role: item.artifact_id for item in card.identity.inputs}
+    cards = {run: run_cards(config, run, out) for run in plan(config)}
+    cards = {run: {made: own[made] for made in own if f"{name(run)}/{made}" in wanted} for run, own in cards.items()}
+    found = {f"{name(run)}/{made}": own[made].artifact_id for run, own in cards.items() for made in own}
+    if missing := sorted(role for role in wanted if found.get(role) != wanted[role]):
+        raise IncompatibleError(f"{len(missing)} of its runs are not beside it, or are others: {missing[0]}")
+    again = _thousandths(summarise(config, cards, out).as_dict())
+    differing = [
+        f"{key}: not what its runs say" for key, value in again.items() if _thousandths(told.get(key)) != value
+    ]
+    if digest(again) != card.identity.outputs["summary_sha256"]:
+        differing.append("summary_sha256: another summary than the artifact's id")
+    if dict(again["claims"]) != card.provenance.metrics.get("claims"):
+        differing.append("claims on the card: not what its runs say")
+    return differing
+
+
+def summarise(config: StudyConfig, cards: Mapping[Run, Mapping[str, Card]], out: Path) -> Summary:
     """Compare what is complete in all arms of an endpoint."""
     tables = []
-    for corpus in corpora:
-        for endpoint in config.corpora[corpus].endpoints:
+    for corpus, settings in config.corpora.items():
+        for endpoint in settings.endpoints:
             table = _table(config, corpus, endpoint, cards, out)
             if table is not None:
                 tables.append(table)
     open_ = [run for run, own in cards.items() if not set(_wanted(config, run)) <= set(own)]
     return Summary(
         tuple(tables),
-        tuple((claim.text, _claim(claim, tables)) for claim in config.claims if claim.corpus in corpora),
+        tuple((claim.text, _claim(claim, tables)) for claim in config.claims),
         len(cards) - len(open_),
         len(cards),
         tuple(map(name, open_)),
-        _hidden(config, corpora, cards),
+        _hidden(config, cards),
     )
 
 
@@ -170,11 +203,15 @@ def _table(
         return None
     measures: dict[str, dict[str, list[Measure]]] = {}
     group: list[str] = []
+    tested: dict[int, Int64[np.ndarray, "N"]] = {}
     for arm in arms:
-        for folds in used:
-            joined = _joined([Run(corpus, *place, arm).folder(out) / endpoint for place in folds])
+        for number, folds in enumerate(used):
+            parts = [_tested(Run(corpus, *place, arm).folder(out) / endpoint) for place in folds]
+            joined = type(parts[0]).join(parts)
+            fold = {row.sample_id: at for at, part in enumerate(parts) for row in part.examples}
             order = np.argsort([row.sample_id for row in joined.examples])
             group = [joined.examples[place].group for place in order]
+            tested[number] = np.array([fold[joined.examples[place].sample_id] for place in order])
             for score, measure in joined.measures().items():
                 if score in _LOWER:
                     continue
@@ -188,8 +225,11 @@ def _table(
         for claim in config.claims
         if (claim.corpus, claim.endpoint) == (corpus, endpoint) and {claim.arm, claim.than} <= set(arms)
     ]
+    pairs = list(dict.fromkeys(pairs))
+    overlap = 1 / ((config.folds - 1) * (1 - config.val_milli / 1000))
+    held = (group, pairs, list(tested.values()), overlap)
     scores = {
-        score: compare(by_arm, group, list(dict.fromkeys(pairs)), seed=config.seed, resamples=config.resamples)
+        score: compare(by_arm, *held, seed=config.seed, resamples=config.resamples)
         for score, by_arm in measures.items()
     }
     return Table(corpus, endpoint, tuple(arms), len(whole), sum(map(len, used)), scores)
@@ -202,15 +242,13 @@ def _reordered(
     return measure(weight[:, place])
 
 
-def _joined(folders: Sequence[Path]) -> Predictions:
+def _tested(folder: Path) -> Predictions:
+    """What a model predicted for its test part."""
     from stage3_finetune.tasks import TASKS
 
-    parts = []
-    for folder in folders:
-        card = read_card(folder, "model")
-        kind: type[Predictions] = TASKS.load(str(card.identity.spec["config"]["task"])).Predictions
-        parts.append(kind.load(folder / f"predictions{kind.suffix}").part("test"))
-    return type(parts[0]).join(parts)
+    card = read_card(folder, "model")
+    kind: type[Predictions] = TASKS.load(str(card.identity.spec["config"]["task"])).Predictions
+    return kind.load(folder / f"predictions{kind.suffix}").part("test")
 
 
 def _claim(claim: Any, tables: Sequence[Table]) -> str:
@@ -226,10 +264,10 @@ def _claim(claim: Any, tables: Sequence[Table]) -> str:
 
 
 def _hidden(
-    config: StudyConfig, corpora: Mapping[str, Corpus], cards: Mapping[Run, Mapping[str, Card]]
+    config: StudyConfig, cards: Mapping[Run, Mapping[str, Card]]
 ) -> dict[str, dict[str, tuple[float | None, ...]]]:
     found: dict[str, dict[str, tuple[float | None, ...]]] = {}
-    for corpus in corpora:
+    for corpus in config.corpora:
         for arm in config.arms_of(corpus):
             encoders = [
                 own["encoder"]

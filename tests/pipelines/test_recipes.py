@@ -1,8 +1,13 @@
 """Every built-in recipe: its settings hold, and its method and policy are built at the size of their papers."""
 
+from pathlib import Path
+
 import pytest
 
-from pipelines.options import RECIPES, read_config
+from pipelines.options import RECIPES, is_study, read_config
+from pipelines.study import run_settings
+from pipelines.study_config import StudyConfig
+from pipelines.study_plan import plan
 from shared.backbones import build
 from shared.config import validate
 from stage2_pretrain.config import PretrainConfig
@@ -12,9 +17,11 @@ from stage2_pretrain.methods import METHODS
 from stage2_pretrain.run import resolve
 
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+CHAINS = [name for name in NAMES if not is_study(name)]
+STUDIES = [name for name in NAMES if is_study(name)]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CHAINS)
 def test_a_recipe_builds_its_method(name: str) -> None:
     config = resolve(read_config(PretrainConfig, name, "pretrain", None))
     options = {key: value for key, value in config.backbone_options.items() if key != "output_stride"}
@@ -32,3 +39,29 @@ def test_a_recipe_builds_its_method(name: str) -> None:
     for epoch in (0, config.epochs - 1):
         settings = options_at(config.schedule, config.policy_options, epoch=epoch, epochs=config.epochs)
         assert build_policy(config.policy["name"], settings).strata
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_arm_of_a_study_has_its_share_and_its_settings(name: str, tmp_path: Path) -> None:
+    study = read_config(StudyConfig, name, None, None)
+    assert study.folds == 5  # seeds
+    for run in plan(study):
+        settings = run_settings(study, run, tmp_path)
+        assert set(settings) - {"pretrain"} <= set(study.corpora[run.corpus].endpoints)
+        if "pretrain" in settings:
+            config = resolve(settings["pretrain"])
+            assert build_policy(config.policy["name"], config.policy_options).strata
+
+
+def test_arms_of_the_study_hide_alike_on_a_grid_that_tells_regions() -> None:
+    """But for `uniform-60`, which is there because that is its paper's share."""
+    study = read_config(StudyConfig, "study", None, None)
+    assert study.pretrain.size_px // study.pretrain.backbone_options["output_stride"] >= 14
+    shares = {
+        name: arm.pretrain["policy"].get("overall", arm.pretrain["policy"].get("hide"))
+        for name, arm in study.arms.items()
+        if arm.pretrain is not None
+    }
+    assert shares.pop("uniform-60") == 600
+    assert set(shares.values()) == {400}
+    assert set(shares) == {"uniform", "region", "region-soft", "shuffled", "oracle"}
