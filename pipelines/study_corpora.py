@@ -19,7 +19,8 @@ from stage3_finetune.annotations import HUNDREDTHS, Annotated, read_indices
 
 SHORTCUT = "notumor"
 """Class of brain4 that comes from other scanners: its label can be told without looking at the brain."""
-OUTLINED = "tumour"
+OUTLINED = "brain tumour"
+"""The words of the recipe, which grounder `oracle` takes for a category."""
 
 
 def write_corpora(data: Path, out: Path) -> dict[str, int]:

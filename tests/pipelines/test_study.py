@@ -15,13 +15,16 @@ import pytest
 import yaml
 from PIL import Image
 
+from pipelines.audit import audit
 from pipelines.study import run_settings
 from pipelines.study_config import StudyConfig
 from pipelines.study_plan import fold_rows, plan, read_corpus
+from pipelines.study_summary import recompute
 from shared.artifact import read_card
 from shared.config import validate
-from shared.errors import ConfigError
+from shared.errors import ConfigError, IncompatibleError
 from stage3_finetune.predictions import ClassPredictions
+from tests.pipelines.test_audit import reseal
 
 ROOT = Path(__file__).parents[2]
 GROUPS = 12
@@ -142,11 +145,36 @@ def test_a_study_is_stopped_continued_published_and_audited(data: Path, tmp_path
     )  # fmt: skip
     assert audited.returncode == 0, audited.stdout
     assert "study" in audited.stdout
+    assert_a_forged_study_drifts(out)
 
     other = recipe(tmp_path, corpora=corpora, finetune={**RECIPE["finetune"], "lr": 0.01})
     refused = subprocess.run(command(other, data, out), cwd=ROOT, env=environment, capture_output=True, text=True)
     assert refused.returncode == 2
     assert "spec.config.finetune.lr" in refused.stderr
+
+
+def assert_a_forged_study_drifts(out: Path) -> None:
+    """Numbers and sentences, resealed: only the runs' predictions can tell."""
+    folder = out / "study"
+    kept = {path: path.read_bytes() for path in (folder / "study.json", folder / "artifact.json")}
+    assert recompute(folder, read_card(folder)) == []
+    told = json.loads(kept[folder / "study.json"])
+    told["tables"][0]["scores"]["accuracy"]["scores"]["uniform"][0] += 0.05
+    (folder / "study.json").write_text(json.dumps(told))
+    reseal(folder)
+    assert [(row.check, row.verdict) for row in audit(folder).rows if row.verdict != "identical"] == [
+        ("scores", "drift")
+    ]
+    for path, data in kept.items():
+        path.write_bytes(data)
+    reseal(folder, lambda body: body["provenance"]["metrics"].update(claims={"pretraining helps": "holds: +9 points"}))
+    assert recompute(folder, read_card(folder)) == ["claims on the card: not what its runs say"]
+    kept[folder / "artifact.json"] = (folder / "artifact.json").read_bytes()
+    moved = out / "aside"
+    (out / "discs").rename(moved)
+    with pytest.raises(IncompatibleError, match="runs are not beside it"):
+        recompute(folder, read_card(folder))
+    moved.rename(out / "discs")
 
 
 def config(**changes: object) -> StudyConfig:
