@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from shared.artifact import Card
 from shared.figures import hero
@@ -15,12 +15,15 @@ if TYPE_CHECKING:
 
 _ARMS = {"finetuned": "from the encoder", "scratch": "from scratch"}
 _SCORES = {
-    "accuracy": "accuracy",
-    "balanced_accuracy": "balanced accuracy",
-    "auroc": "AUROC",
-    "dice": "Dice",
-    "iou": "IoU",
+    ("accuracy",): "accuracy",
+    ("balanced_accuracy",): "balanced accuracy",
+    ("auroc",): "AUROC",
+    ("mask", "ap"): "MaskAP",
+    ("box", "ap"): "BoxAP",
+    ("dice",): "Dice",
+    ("iou",): "IoU",
 }
+"""Where a score stands on a model's card -> its name; each task has scores of its own."""
 _SHARES = {"hidden_inside_share": "inside", "hidden_outside_share": "outside", "hidden_share": "overall"}
 _AT_ONCE_S = 0.3
 """What took less was there already."""
@@ -40,7 +43,7 @@ def chain_report(out: Path, summary: Summary, *, template: bool) -> str:
     """
     cards = summary.cards
     arms = {label: cards[name] for name, label in _ARMS.items() if name in cards}
-    classes = max((len(card.provenance.metrics["test"]["classes"]) for card in arms.values()), default=1)
+    classes = max((len(card.identity.outputs["classes"]) for card in arms.values()), default=1)
     outputs = cards["regions"].identity.outputs
     return tour_report(
         prompts=prompts(cards["regions"]),
@@ -122,8 +125,15 @@ def _curves(out: Path, names: dict[str, str], axis: str) -> _Series:
 def _rows(card: Card) -> list[tuple[str, float, float, float]]:
     """Scores with intervals; a score without one (a single group) is left to the model's own report."""
     test = card.provenance.metrics["test"]
+    found = {label: _at(test, place) for place, label in _SCORES.items()}
     return [
-        (label, test[name]["value"], test[name]["low"], test[name]["high"])
-        for name, label in _SCORES.items()
-        if test.get(name, {}).get("low") is not None  # each task has scores of its own
+        (label, score["value"], score["low"], score["high"])
+        for label, score in found.items()
+        if score.get("low") is not None
     ]
+
+
+def _at(scores: dict[str, Any], place: tuple[str, ...]) -> dict[str, Any]:
+    for key in place:
+        scores = scores.get(key) or {}
+    return scores

@@ -42,3 +42,8 @@ def test_each_task_shows_the_scores_that_it_has() -> None:
     scores = {"dice": {"value": 0.9, "low": 0.8, "high": 1.0}, "iou": {"value": 0.8, "low": None, "high": None}}
     card: Any = SimpleNamespace(provenance=SimpleNamespace(metrics={"test": scores}))
     assert _rows(card) == [("Dice", 0.9, 0.8, 1.0)]
+    ap = {"value": 0.4, "low": 0.3, "high": 0.5}
+    card.provenance.metrics["test"] = {"mask": {"ap": ap, "ap50": ap}, "box": {"ap": {**ap, "value": 0.45}}}
+    assert _rows(card) == [("MaskAP", 0.4, 0.3, 0.5), ("BoxAP", 0.45, 0.3, 0.5)]
+    card.provenance.metrics["test"]["mask"] = None  # boxes only
+    assert [row[0] for row in _rows(card)] == ["BoxAP"]
