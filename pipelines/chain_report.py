@@ -43,7 +43,7 @@ def chain_report(out: Path, summary: Summary, *, template: bool) -> str:
     """
     cards = summary.cards
     arms = {label: cards[name] for name, label in _ARMS.items() if name in cards}
-    classes = max((len(card.identity.outputs["classes"]) for card in arms.values()), default=1)
+    classes = max((card.identity.outputs["classes"] for card in arms.values()), default=1)
     outputs = cards["regions"].identity.outputs
     return tour_report(
         prompts=prompts(cards["regions"]),

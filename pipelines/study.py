@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -41,6 +41,8 @@ VERSION = 1
 """Raised when an equal study gives other results."""
 COMMANDS = "run/commands.txt"
 _SPEC = "run/study.json"
+_READ_LATER = ("claims", "pairs", "resamples")
+"""Settings that change what is said of the runs, and none of the runs."""
 _DEATH_SIGNAL = 1
 """``PR_SET_PDEATHSIG`` of Linux."""
 
@@ -142,16 +144,7 @@ def run_study(config: StudyConfig, *, out: Path, images: Path, fresh: bool = Fal
     corpora = {name: read_corpus(config, name, images) for name in config.corpora}
     if fresh:
         set_aside(out)
-    spec = {
-        "version": VERSION,
-        "config": config_spec(config),
-        "labels": {name: corpus.sha256 for name, corpus in corpora.items()},
-        "stores": {
-            name: open_artifact(settings.store, "region-store")[1].artifact_id
-            for name, settings in config.corpora.items()
-            if settings.store is not None
-        },
-    }
+    spec = study_spec(config, corpora)
     with Lease(out):
         _begin(out, spec, config)
         children = Children(out)
@@ -175,6 +168,20 @@ def run_study(config: StudyConfig, *, out: Path, images: Path, fresh: bool = Fal
             own = {run: steps[run] for run in runs}
             _run_all(own, children, config.jobs, lambda: publish_study(config, out, command))
         return publish_study(config, out, command)
+
+
+def study_spec(config: StudyConfig, corpora: Mapping[str, Corpus]) -> dict[str, Any]:
+    """What runs depend on: a folder holds runs of one such study."""
+    return {
+        "version": VERSION,
+        "config": {key: value for key, value in config_spec(config).items() if key not in _READ_LATER},
+        "labels": {name: corpus.sha256 for name, corpus in corpora.items()},
+        "stores": {
+            name: open_artifact(settings.store, "region-store")[1].artifact_id
+            for name, settings in config.corpora.items()
+            if settings.store is not None
+        },
+    }
 
 
 def _begin(out: Path, spec: dict[str, Any], config: StudyConfig) -> None:
@@ -296,8 +303,9 @@ def _run_all(steps: dict[Run, list[Step]], children: Children, jobs: int, after_
                     _say(f"run {done}/{total}: {run.corpus}, round {run.round}, fold {run.fold}, {run.arm}")
                     if not left[run.round, run.fold]:
                         after_fold()
-        finally:
+        except BaseException:
             children.stop()
+            raise
 
 
 def _one(steps: Sequence[Step], children: Children) -> None:

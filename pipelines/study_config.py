@@ -66,6 +66,9 @@ class StudyConfig(Strict):
         min_length=2, description="Ways to pretrain, by name; the first is the baseline."
     )
     claims: tuple[ClaimConfig, ...] = Field((), description="What papers claim, to be held against the differences.")
+    pairs: tuple[tuple[str, str], ...] | None = Field(
+        None, description="Which arm is compared with which, beside those of claims; null: each with the first."
+    )
     localize: dict[str, Any] = Field(default_factory=dict, description="Settings of stage 1 beside the regions.")
     pretrain: PretrainConfig = Field(description="Settings of stage 2 that all arms share.")
     finetune: FinetuneConfig = Field(description="Settings of stage 3 that all arms share.")
@@ -102,6 +105,7 @@ class StudyConfig(Strict):
                     for c in own
                     if c in self.corpora and self.corpora[c].outlines is None
                 ]
+        problems += [f"pairs: no arm '{arm}'" for arm in sorted({*sum(self.pairs or (), ())}) if arm not in self.arms]
         for number, claim in enumerate(self.claims):
             known: dict[str, dict[str, Any]] = {"corpus": {**self.corpora}, "arm": {**self.arms}, "than": {**self.arms}}
             problems += [
@@ -118,6 +122,23 @@ class StudyConfig(Strict):
     def localize_config(self, corpus: str, **parts: Any) -> LocalizeConfig:
         """Stage 1 for a corpus: its one prompt list; words that differ between images would tell labels."""
         return LocalizeConfig.model_validate({**self.localize, "regions": self.corpora[corpus].regions, **parts})
+
+    @property
+    def overlap(self) -> float:
+        """Test over training images of a fold."""
+        return 1 / ((self.folds - 1) * (1 - self.val_milli / 1000))
+
+    def measured(self, corpus: str, endpoint: str) -> tuple[str, ...]:
+        """Arms that an endpoint of a corpus measures."""
+        scratch = self.corpora[corpus].endpoints[endpoint].scratch
+        return tuple(name for name, arm in self.arms_of(corpus).items() if scratch or arm.pretrain is not None)
+
+    def compared(self, corpus: str, endpoint: str) -> list[tuple[str, str]]:
+        """Pairs of these arms, each once: the study's, and those of the claims that are tried here."""
+        arms, here = self.measured(corpus, endpoint), (corpus, endpoint)
+        pairs = [(arm, arms[0]) for arm in arms[1:]] if self.pairs is None else list(self.pairs)
+        pairs += [(claim.arm, claim.than) for claim in self.claims if (claim.corpus, claim.endpoint) == here]
+        return [pair for pair in dict.fromkeys(pairs) if set(pair) <= set(arms)]
 
     def arms_of(self, corpus: str) -> dict[str, ArmConfig]:
         """Arms that are run on a corpus."""

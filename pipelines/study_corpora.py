@@ -14,11 +14,13 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from shared.errors import InputMissingError
-from stage3_finetune.annotations import HUNDREDTHS, Annotated, read_indices
+from shared.errors import InputMissingError, MwmError, UsageError
+from stage3_finetune.annotations import HUNDREDTHS, Annotated, FaultyFile, read_indices
 
 SHORTCUT = "notumor"
-"""Class of brain4 that comes from other scanners: its label can be told without looking at the brain."""
+"""Class of brain4 that comes from other scanners: its label can be told without looking at the brain. Left out."""
+SETS = ("brain4", "br35h")
+COLUMNS = ("set", "image", "target", "label", "group")
 OUTLINED = "brain tumour"
 """The words of the recipe, which grounder `oracle` takes for a category."""
 
@@ -34,26 +36,37 @@ def write_corpora(data: Path, out: Path) -> dict[str, int]:
         Images by set.
 
     Raises:
-        InputMissingError: No manifest.
+        InputMissingError: No manifest, or no image that it names.
+        UsageError: ``out`` is ``data``; a manifest without the columns; an outline that cannot be read.
     """
     manifest = data / "manifest.csv"
     if not manifest.is_file():
         raise InputMissingError(f"{manifest}: no such file", hint="the folder of the public images holds it")
+    if out.resolve() == data.resolve() or out.is_file():
+        raise UsageError(f"--out {out}: expected a new folder")
     with manifest.open(newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if row["set"] in ("brain4", "br35h")]
+        table = csv.DictReader(file)
+        if missing := [name for name in COLUMNS if name not in (table.fieldnames or ())]:
+            raise UsageError(f"{manifest}: no column '{missing[0]}'")
+        rows = [row for row in table if row["set"] in SETS and row["label"] != SHORTCUT]
     for row in rows:
         for name in filter(None, (row["image"], row["target"])):
+            if not (data / name).is_file():
+                raise InputMissingError(f"{data / name}: no such file, and {manifest.name} names it")
             (out / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(data / name, out / name)
-    sets = {name: [row for row in rows if row["set"] == name] for name in ("brain4", "br35h")}
+    sets = {name: [row for row in rows if row["set"] == name] for name in SETS}
     for name, own in sets.items():
         listed = [(row["image"], sample_id(row["image"]), row["group"]) for row in own]
         _write(out / f"{name}.csv", ("image", "sample_id", "group"), listed)
-    kinds = [(sample_id(r["image"]), r["label"], r["group"]) for r in sets["brain4"] if r["label"] != SHORTCUT]
+    kinds = [(sample_id(row["image"]), row["label"], row["group"]) for row in sets["brain4"]]
     _write(out / "brain4-labels.csv", ("sample_id", "label", "group"), kinds)
     targets = [(sample_id(row["image"]), row["target"], row["group"]) for row in sets["br35h"]]
     _write(out / "br35h-labels.csv", ("sample_id", "target", "group"), targets)
-    outlines = _coco([(name, read_indices(out / target)) for name, target, _ in targets])
+    try:
+        outlines = _coco([(name, read_indices(out / target)) for name, target, _ in targets])
+    except FaultyFile as error:
+        raise UsageError(f"{manifest.name}: a target of br35h: {error}") from None
     (out / "br35h-outlines.json").write_text(json.dumps(outlines), encoding="utf-8")
     return {name: len(own) for name, own in sets.items()}
 
@@ -103,8 +116,8 @@ def main() -> None:
     given = parser.parse_args()
     try:
         made = write_corpora(given.data, given.out)
-    except InputMissingError as error:
-        parser.error(f"{error.message}; {error.hint}")
+    except (MwmError, OSError) as error:
+        parser.error(str(error))
     print(", ".join(f"{name}: {count} images" for name, count in made.items()))
 
 

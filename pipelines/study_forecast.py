@@ -11,7 +11,7 @@ from pipelines.dry_run import StandIn
 from pipelines.study import run_settings
 from pipelines.study_config import StudyConfig
 from pipelines.study_plan import Corpus, Run, fold_rows, plan, read_corpus, write_fold
-from pipelines.study_stats import detectable, expected_error
+from pipelines.study_stats import expected_error, expected_smallest
 from shared.backbones import resolve_options
 from shared.forecast import Forecast, refuse_unusable
 from shared.pseudonyms import unsalted
@@ -40,8 +40,9 @@ def rehearse_study(config: StudyConfig, *, out: Path, images: Path) -> dict[str,
 def power_line(config: StudyConfig, groups: int) -> str:
     """The smallest difference that a study could tell from none, by the pilot that its settings name."""
     error = expected_error(config.pilot_spread_milli / 1000, config.pilot_correlation_milli / 1000, groups)
+    smallest = expected_smallest(error, config.folds * config.rounds, config.overlap)
     return (
-        f"about {100 * detectable(error):.1f} points is the smallest difference that {groups} groups could show (80 % "
+        f"about {100 * smallest:.1f} points is the smallest difference that {groups} groups could show (80 % "
         f"power, 5 % level; a score varies by {config.pilot_spread_milli / 10:g} points over single groups, two arms' "
         f"correlate by {config.pilot_correlation_milli / 1000:g})"
     )

@@ -19,7 +19,7 @@ _HOW = (
     "labels nor, in pretraining, its pixels. Differences are paired by image; intervals resample whole groups. "
     "Models are those after the last epoch: nothing is chosen by the test part. Each fold has a seed of its own: the "
     "second interval of a difference is over these seeds (corrected resampled t-test), the first over groups, of the "
-    "models as they were trained. A difference is called real where both say so. Rank scores are pooled over folds."
+    "models as they were trained. A difference is called real where both say so. A score is the mean over folds."
 )
 
 
@@ -44,7 +44,8 @@ def study_page(config: StudyConfig, summary: Summary) -> str:
                 else "With one seed no difference can be told from none."
             )
             told = "; ".join(
-                f"{d.arm} {', '.join(f'{100 * gap:+.1f}' for gap in d.by_seed)}" for d in compared.differences
+                f"{d.arm} against {d.than} {', '.join(f'{100 * gap:+.1f}' for gap in d.by_seed)}"
+                for d in compared.differences
             )
             note += f" By seed: {told}."
             if config.corpora[found.corpus].supervised:

@@ -64,10 +64,10 @@ class Compared:
     """One score of one endpoint, for all arms.
 
     Attributes:
-        scores: Arm -> value, and the ends of its 95 % interval.
-        differences: Each arm against the first.
+        scores: Arm -> value, and the ends of its 95 % interval over groups.
+        differences: Of the pairs that were asked for.
         groups: What was resampled.
-        images: In all.
+        images: Tested in all; in several rounds, as often.
     """
 
     scores: Mapping[str, tuple[float, float, float]]
@@ -76,61 +76,75 @@ class Compared:
     images: int
 
 
+@dataclass(frozen=True)
+class Place:
+    """One fold of one round, as one arm predicted it; the images are the same in all arms, in one order.
+
+    Attributes:
+        measure: Score of its N images.
+        group: Of each image.
+    """
+
+    measure: Measure
+    group: Sequence[str]
+
+
 def compare(
-    arms: Mapping[str, Sequence[Measure]],
-    group: Sequence[str],
+    arms: Mapping[str, Sequence[Place]],
     pairs: Sequence[tuple[str, str]],
-    folds: Sequence[Int64[np.ndarray, "N"]],
     overlap: float,
     *,
     seed: int,
     resamples: int,
 ) -> Compared:
-    """Scores and paired differences, with intervals by group.
+    """Scores and paired differences, with intervals by group and by seed.
+
+    A score is the mean over folds, of the images as they are and in each resample: ranks of one model's answers are
+    never mixed with those of another. A fold where a score is undefined (it lacks a class) is left out, in all arms.
 
     Args:
-        arms: Name -> the score of each round; a round's images are the same in all arms and rounds, in one order.
-        group: Of each image.
+        arms: Name -> what it predicted, fold by fold.
         pairs: Which arm is compared with which.
-        folds: For each round, the fold that tested an image.
         overlap: Test over training images of a fold (`over_seeds`).
         seed: Of the resamples.
         resamples: How many.
 
-    Returns:
-        A score is the mean over rounds, of the images as they are and in each resample.
-
     Raises:
         ValueError: Fewer than two groups: there is nothing to resample.
     """
-    names, membership = np.unique(np.asarray(group, np.str_), return_inverse=True)
+    places = next(iter(arms.values()))
+    names = sorted({name for place in places for name in place.group})
     if len(names) < 2:
         raise ValueError("a study needs two groups or more")
     drawn = draw_groups(len(names), resamples, seed)
-    step = max(1, _CHUNK // len(group))
-    whole = np.ones((1, len(group)), np.int64)
-    once = {name: np.array([measure(whole)[0] for measure in rounds]) for name, rounds in arms.items()}
-    again: dict[str, list[np.ndarray]] = {name: [] for name in arms}
-    for first in range(0, resamples, step):
-        weight = drawn[first : first + step][:, membership]
-        for name, rounds in arms.items():
-            again[name].append(np.mean([measure(weight) for measure in rounds], axis=0))
-    resampled = {name: np.concatenate(parts) for name, parts in again.items()}
-    scores = {name: (float(once[name].mean()), *_ends(resampled[name])) for name in arms}
-    parts = [(np.unique(of)[:, None] == of).astype(np.int64) for of in folds]
-    alone = {
-        name: np.concatenate([measure(part) for measure, part in zip(rounds, parts, strict=True)])
-        for name, rounds in arms.items()
-    }
+    membership = [np.searchsorted(names, place.group) for place in places]
+    step = max(1, _CHUNK // max(map(len, membership)))
+    alone, resampled = {}, {}
+    for name, own in arms.items():
+        alone[name] = np.array([place.measure(np.ones((1, len(place.group)), np.int64))[0] for place in own])
+        again = [
+            np.concatenate([place.measure(drawn[at : at + step][:, rows]) for at in range(0, resamples, step)])
+            for place, rows in zip(own, membership, strict=True)
+        ]
+        resampled[name] = _mean_of_known(np.array(again))
+    scores = {name: (float(_mean_of_known(alone[name])), *_ends(resampled[name])) for name in arms}
     differences = []
     for arm, than in pairs:
         gap = resampled[arm] - resampled[than]
         by_seed = alone[arm] - alone[than]
         by_seed = by_seed[np.isfinite(by_seed)]
-        value = float(once[arm].mean() - once[than].mean())
+        value = float(_mean_of_known(by_seed))
         told = (*_ends(gap), float(np.nanstd(gap)), tuple(map(float, by_seed)))
-        differences.append(Difference(arm, than, value, *told, *over_seeds(by_seed, value, overlap)))
-    return Compared(scores, tuple(differences), len(names), len(group))
+        differences.append(Difference(arm, than, value, *told, *over_seeds(by_seed, overlap)))
+    return Compared(scores, tuple(differences), len(names), sum(map(len, membership)))
+
+
+def _mean_of_known(values: Float[np.ndarray, "P *R"]) -> Float[np.ndarray, "*R"]:
+    """Mean over the first axis of what is finite; NaN where nothing is."""
+    known = np.isfinite(values)
+    count = known.sum(axis=0)
+    total = np.where(known, values, 0.0).sum(axis=0)
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
 def _ends(values: Float[np.ndarray, "R"]) -> tuple[float, float]:
@@ -141,13 +155,13 @@ def _ends(values: Float[np.ndarray, "R"]) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def over_seeds(by_seed: Float[np.ndarray, "J"], value: float, overlap: float) -> tuple[float, float, float]:
+def over_seeds(by_seed: Float[np.ndarray, "J"], overlap: float) -> tuple[float, float, float]:
     """95 % interval and standard error of a difference over folds, each trained with a seed of its own.
 
     Folds share training images, so that their variance is raised by test over training images: the corrected
     resampled t-test (Nadeau and Bengio, 2003), variance ``(1 / J + overlap) s^2``, J - 1 degrees of freedom.
 
-    >>> [round(side, 3) for side in over_seeds(np.array([0.02, 0.04, 0.03, 0.05, 0.01]), 0.03, 0.25)]
+    >>> [round(side, 3) for side in over_seeds(np.array([0.02, 0.04, 0.03, 0.05, 0.01]), 0.25)]
     [0.001, 0.059, 0.011]
     """
     count = len(by_seed)
@@ -155,7 +169,8 @@ def over_seeds(by_seed: Float[np.ndarray, "J"], value: float, overlap: float) ->
         return float("nan"), float("nan"), float("nan")
     error = float(np.std(by_seed, ddof=1) * np.sqrt(1 / count + overlap))
     half = float(stats.t.ppf(1 - LEVEL / 2, count - 1)) * error
-    return value - half, value + half, error
+    middle = float(np.mean(by_seed))
+    return middle - half, middle + half, error
 
 
 def detectable(error: float, seeds: int | None = None) -> float:
@@ -172,6 +187,17 @@ def detectable(error: float, seeds: int | None = None) -> float:
         return float("inf")
     quantile = NormalDist().inv_cdf if seeds is None else stats.t(seeds - 1).ppf
     return float(quantile(1 - LEVEL / 2) + quantile(POWER)) * error
+
+
+def expected_smallest(error: float, seeds: int, overlap: float) -> float:
+    """What `Difference.smallest` will be if seeds add nothing to the error over groups; else it will be larger.
+
+    Args:
+        error: Standard error over groups.
+        seeds: Folds of all rounds.
+        overlap: As of `over_seeds`.
+    """
+    return detectable(error * float(np.sqrt(1 + seeds * overlap)), seeds)
 
 
 def expected_error(spread: float, correlation: float, groups: int) -> float:
@@ -206,4 +232,5 @@ def verdict(found: Difference, claim: float) -> str:
         return f"does not hold: {span}, worse"
     if high < claim:
         return f"does not hold: {span}, less than claimed"
-    return f"cannot be resolved here: {span}; {100 * found.smallest:.1f} points could be seen"
+    smallest = f"the smallest difference that could be seen is {100 * found.smallest:.1f} points"
+    return f"cannot be resolved here: {span}; {smallest}"

@@ -15,17 +15,19 @@ from jaxtyping import Float, Int64
 from pipelines.study_config import StudyConfig
 from pipelines.study_plan import Run, plan
 from pipelines.study_report import study_page
-from pipelines.study_stats import Compared, Measure, compare, verdict
+from pipelines.study_stats import Compared, Measure, Place, compare, verdict
 from shared.artifact import CARD, Artifact, Card, Input, publish, read_card, write_atomic
-from shared.config import digest, dump_yaml, read_yaml, validate
+from shared.config import digest, dump_yaml, validate
 from shared.config import spec as config_spec
 from shared.errors import ConfigError, CorruptError, IncompatibleError, SpecMismatchError
 from shared.runlog import scrub
-from shared.workspace import RESOLVED, begin, set_aside
+from shared.workspace import begin, set_aside
 from stage3_finetune.contracts import Predictions
+from stage3_finetune.rescore import prediction_faults
 
-VERSION = 1
-NUMBERS = "study.json"
+VERSION = 2
+"""Raised when equal runs give other numbers, or the numbers another form."""
+NUMBERS, REPORT = "study.json", "report.html"
 _LOWER = ("brier", "ece")
 """Scores of which less is better; a difference of them would read as the reverse."""
 
@@ -79,7 +81,6 @@ class Summary:
 def publish_study(config: StudyConfig, out: Path, command: str) -> Artifact:
     """Summarise what is complete and publish it in ``OUT/study``; an older state is kept aside."""
     cards = {run: run_cards(config, run, out) for run in plan(config)}
-    summary = summarise(config, cards, out)
     folder = out / "study"
     folder.mkdir(exist_ok=True)
     models = {f"{name(run)}/{made}": card for run, own in cards.items() for made, card in own.items()}
@@ -98,11 +99,12 @@ def publish_study(config: StudyConfig, out: Path, command: str) -> Artifact:
         _, card = begin(folder, **told, resolved=scrub(dump_yaml(config)))
     if card is not None:
         return Artifact(folder, card)
+    summary = summarise(config, cards, out)
     body = json.dumps(_finite(summary.as_dict()), indent=1, ensure_ascii=False) + "\n"
     write_atomic(folder / NUMBERS, body.encode())
     lines = [json.dumps({"run": role, **card.model_dump(mode="json")}, sort_keys=True) for role, card in models.items()]
     write_atomic(folder / "cards.jsonl", ("\n".join(lines) + "\n").encode())
-    write_atomic(folder / "report.html", study_page(config, summary).encode())
+    write_atomic(folder / REPORT, study_page(config, summary).encode())
     outputs = {"runs": summary.done, "of": summary.total, "summary_sha256": digest(_thousandths(summary.as_dict()))}
     card = publish(
         folder,
@@ -135,14 +137,17 @@ def recompute(folder: Path, card: Card) -> list[str]:
         card: Its card.
 
     Raises:
-        IncompatibleError: A run that it names is not there, or is another one.
-        CorruptError: Its settings or numbers cannot be read.
+        IncompatibleError: Of another version; a run that it names is not there, or is another one.
+        CorruptError: Its settings or numbers cannot be read; a run's predictions are not those of its card.
     """
+    spec = card.identity.spec
+    if spec.get("version") != VERSION:
+        raise IncompatibleError(f"a study of version {spec.get('version')}; this release computes version {VERSION}")
     try:
-        config = validate(StudyConfig, read_yaml(folder / RESOLVED))
+        config = validate(StudyConfig, spec["config"])
         told = json.loads((folder / NUMBERS).read_bytes())
-    except (ConfigError, OSError, ValueError, RecursionError) as error:
-        raise CorruptError(f"{RESOLVED} or {NUMBERS} cannot be read: {error}") from None
+    except (ConfigError, OSError, KeyError, ValueError, RecursionError) as error:
+        raise CorruptError(f"its settings or {NUMBERS} cannot be read: {error}") from None
     out = folder.parent
     wanted = {item.role: item.artifact_id for item in card.identity.inputs}
     cards = {run: run_cards(config, run, out) for run in plan(config)}
@@ -150,10 +155,16 @@ def recompute(folder: Path, card: Card) -> list[str]:
     found = {f"{name(run)}/{made}": own[made].artifact_id for run, own in cards.items() for made in own}
     if missing := sorted(role for role in wanted if found.get(role) != wanted[role]):
         raise IncompatibleError(f"{len(missing)} of its runs are not beside it, or are others: {missing[0]}")
-    again = _thousandths(summarise(config, cards, out).as_dict())
-    differing = [
-        f"{key}: not what its runs say" for key, value in again.items() if _thousandths(told.get(key)) != value
-    ]
+    for run, own in cards.items():
+        for made in own:
+            if faults := list(prediction_faults(run.folder(out) / made, own[made])) if made != "encoder" else []:
+                raise CorruptError(f"{name(run)}/{made}: {faults[0][0]}: {faults[0][1]}")
+    summary = summarise(config, cards, out)
+    again = _thousandths(summary.as_dict())
+    said = _thousandths(told) if isinstance(told, dict) else {}
+    differing = [f"{key}: not what its runs say" for key in {**again, **said} if said.get(key, key) != again.get(key)]
+    if (folder / REPORT).read_text(encoding="utf-8") != study_page(config, summary):
+        differing.append(f"{REPORT}: not the page of these numbers")
     if digest(again) != card.identity.outputs["summary_sha256"]:
         differing.append("summary_sha256: another summary than the artifact's id")
     if dict(again["claims"]) != card.provenance.metrics.get("claims"):
@@ -190,49 +201,32 @@ def _wanted(config: StudyConfig, run: Run) -> list[str]:
 def _table(
     config: StudyConfig, corpus: str, endpoint: str, cards: Mapping[Run, Mapping[str, Card]], out: Path
 ) -> Table | None:
-    arms = [
-        arm
-        for arm, settings in config.arms_of(corpus).items()
-        if settings.pretrain is not None or config.corpora[corpus].endpoints[endpoint].scratch
-    ]
-    places = [(round_, fold) for round_ in range(config.rounds) for fold in range(config.folds)]
-    complete = [place for place in places if all(endpoint in cards[Run(corpus, *place, arm)] for arm in arms)]
+    arms = config.measured(corpus, endpoint)
+    planned = [(round_, fold) for round_ in range(config.rounds) for fold in range(config.folds)]
+    complete = [place for place in planned if all(endpoint in cards[Run(corpus, *place, arm)] for arm in arms)]
     whole = [r for r in range(config.rounds) if all((r, fold) in complete for fold in range(config.folds))]
-    used = [[(r, fold) for fold in range(config.folds)] for r in whole] or [[p for p in complete if p[0] == 0]]
-    if not used[0] or len(arms) < 2:
+    used = [place for place in complete if place[0] in (whole or [0])]
+    if not used or len(arms) < 2:
         return None
-    measures: dict[str, dict[str, list[Measure]]] = {}
-    group: list[str] = []
-    tested: dict[int, Int64[np.ndarray, "N"]] = {}
+    places: dict[str, dict[str, list[Place]]] = {}
     for arm in arms:
-        for number, folds in enumerate(used):
-            parts = [_tested(Run(corpus, *place, arm).folder(out) / endpoint) for place in folds]
-            joined = type(parts[0]).join(parts)
-            fold = {row.sample_id: at for at, part in enumerate(parts) for row in part.examples}
-            order = np.argsort([row.sample_id for row in joined.examples])
-            group = [joined.examples[place].group for place in order]
-            tested[number] = np.array([fold[joined.examples[place].sample_id] for place in order])
-            for score, measure in joined.measures().items():
-                if score in _LOWER:
-                    continue
-                in_order = partial(_reordered, measure, np.argsort(order))
-                measures.setdefault(score, {}).setdefault(arm, []).append(in_order)
-    if len(set(group)) < 2:
+        for place in used:
+            tested = _tested(Run(corpus, *place, arm).folder(out) / endpoint)
+            order = np.argsort([row.sample_id for row in tested.examples])
+            group = [tested.examples[at].group for at in order]
+            for score, measure in tested.measures().items():
+                if score not in _LOWER:
+                    in_order = partial(_reordered, measure, np.argsort(order))
+                    places.setdefault(score, {}).setdefault(arm, []).append(Place(in_order, group))
+    first = next(iter(places.values()))[arms[0]]
+    if len({name for place in first for name in place.group}) < 2:
         return None
-    pairs = [(arm, arms[0]) for arm in arms[1:]]
-    pairs += [
-        (claim.arm, claim.than)
-        for claim in config.claims
-        if (claim.corpus, claim.endpoint) == (corpus, endpoint) and {claim.arm, claim.than} <= set(arms)
-    ]
-    pairs = list(dict.fromkeys(pairs))
-    overlap = 1 / ((config.folds - 1) * (1 - config.val_milli / 1000))
-    held = (group, pairs, list(tested.values()), overlap)
+    pairs = config.compared(corpus, endpoint)
     scores = {
-        score: compare(by_arm, *held, seed=config.seed, resamples=config.resamples)
-        for score, by_arm in measures.items()
+        score: compare(by_arm, pairs, config.overlap, seed=config.seed, resamples=config.resamples)
+        for score, by_arm in places.items()
     }
-    return Table(corpus, endpoint, tuple(arms), len(whole), sum(map(len, used)), scores)
+    return Table(corpus, endpoint, arms, len(whole), len(used), scores)
 
 
 def _reordered(

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from pipelines.options import RECIPES, is_study, read_config
@@ -15,6 +16,9 @@ from stage2_pretrain.masking.plan import build_policy
 from stage2_pretrain.masking.schedule import options_at
 from stage2_pretrain.methods import METHODS
 from stage2_pretrain.run import resolve
+from stage3_finetune.average_precision import measures
+from stage3_finetune.instances import Things
+from stage3_finetune.metrics import class_measures
 
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 CHAINS = [name for name in NAMES if not is_study(name)]
@@ -65,3 +69,18 @@ def test_arms_of_the_study_hide_alike_on_a_grid_that_tells_regions() -> None:
     assert shares.pop("uniform-60") == 600
     assert set(shares.values()) == {400}
     assert set(shares) == {"uniform", "region", "region-soft", "shuffled", "oracle"}
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_claims_name_scores_that_their_task_has(name: str) -> None:
+    """Else a verdict, hours later, would be that there is no such score."""
+    study = read_config(StudyConfig, name, None, None)
+    things = Things((8, 8), np.zeros((0, 4), np.int64), np.zeros(0, np.int64), (), np.zeros(0, np.int64))
+    known = {
+        "classify": set(class_measures(np.eye(2), np.array([0, 1]))),
+        "detect": set(measures([(things, things)], 1, masks=True)),
+    }
+    for claim in study.claims:
+        task = study.corpora[claim.corpus].endpoints[claim.endpoint].finetune.get("task", "classify")
+        assert claim.score in known[task]
+        assert (claim.arm, claim.than) in study.compared(claim.corpus, claim.endpoint)

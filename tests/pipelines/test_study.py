@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ import yaml
 from PIL import Image
 
 from pipelines.audit import audit
-from pipelines.study import run_settings
+from pipelines.study import Children, RunFailedError, Step, _run_all, run_settings, study_spec
 from pipelines.study_config import StudyConfig
 from pipelines.study_plan import fold_rows, plan, read_corpus
 from pipelines.study_summary import recompute
@@ -216,6 +217,38 @@ def test_whole_folds_come_first() -> None:
     assert len({run.seed(config()) for run in runs if (run.round, run.fold) == (0, 0)}) == 1  # alike in all arms
 
 
+def test_what_is_said_of_runs_may_change_and_the_runs_may_not(data: Path, tmp_path: Path) -> None:
+    begun = tmp_path / "run"
+    begun.mkdir()
+    said = config(claims=[], pairs=[("uniform", "scratch")], resamples=500)
+    specs = [study_spec(study, {}) for study in (config(), said, config(seed=3))]
+    assert specs[0] == specs[1] != specs[2]
+
+
+def test_one_corpus_after_another_is_run(tmp_path: Path) -> None:
+    """Groups of runs through one set of children, the first of them done: only a failure tells others to stop."""
+    ran: list[str] = []
+
+    class Recorded(Children):
+        def run(self, arguments: Sequence[str]) -> None:
+            if arguments[0] == "fails":
+                raise RunFailedError("it failed")
+            ran.append(arguments[0])
+
+    children, runs, folds = Recorded(tmp_path), plan(config())[:2], []
+    done = tmp_path / "done"
+    done.mkdir()
+    (done / "artifact.json").touch()
+    _run_all({runs[0]: [Step(done, ("done",))]}, children, 1, lambda: folds.append(0))
+    for number, run in enumerate(runs):
+        _run_all({run: [Step(tmp_path / "never", (str(number),))]}, children, 1, lambda: folds.append(1))
+        assert not children.stopped
+    assert (ran, folds) == (["0", "1"], [1, 1])
+    with pytest.raises(RunFailedError, match="it failed"):
+        _run_all({runs[0]: [Step(tmp_path / "never", ("fails",))]}, children, 1, lambda: None)
+    assert children.stopped
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -248,6 +281,7 @@ def test_labels_that_cannot_be_cut_into_folds_are_refused(data: Path, tmp_path: 
         ({"claims": [{**RECIPE["claims"][0], "arm": "none"}]}, "no arm 'none'"),
         ({"claims": [{**RECIPE["claims"][0], "endpoint": "none"}]}, "has no 'none'"),
         ({"folds": 1}, "folds"),
+        ({"pairs": [["uniform", "none"]]}, "pairs: no arm 'none'"),
     ],
 )
 def test_studies_that_do_not_hold_together_are_refused(changes: dict, message: str) -> None:

@@ -12,7 +12,7 @@ from pipelines.options import read_config
 from pipelines.study_config import StudyConfig
 from pipelines.study_corpora import main, write_corpora
 from pipelines.study_plan import fold_rows, read_corpus
-from shared.errors import InputMissingError
+from shared.errors import InputMissingError, MwmError, UsageError
 from shared.images import find_sources
 from stage1_localize.contracts import Batch
 from stage1_localize.grounders.oracle import Oracle
@@ -41,7 +41,7 @@ def made(test_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         writer.writerows(kept)
     counts = write_corpora(data, out)
     assert set(counts) == {"brain4", "br35h"}
-    assert counts == {name: sum(row["set"] == name for row in kept) for name in counts}
+    assert counts == {name: sum(row["set"] == name and row["label"] != "notumor" for row in kept) for name in counts}
     assert write_corpora(data, out) == counts  # again over what is there
     return out
 
@@ -51,7 +51,7 @@ def test_the_study_reads_it(made: Path) -> None:
     corpora = {name: read_corpus(study, name, made) for name in study.corpora}
     brains = corpora["brain4"]
     assert {row.label for row in brains.examples} == {"glioma", "meningioma", "pituitary"}
-    assert any("notumor" in name for name in brains.sources)  # localised, without a label
+    assert not any("notumor" in name for name in brains.sources)
     for corpus in corpora.values():
         tested = [
             row.sample_id for fold in range(5) for row in fold_rows(corpus, study, 0, fold) if row.split == "test"
@@ -71,6 +71,23 @@ def test_outlines_are_the_targets(made: Path) -> None:
         (found,) = oracle.locate(batch, [region])
         drawn = np.max([np.zeros((256, 256), np.float32), *found.probability], axis=0) >= 0.5
         assert (drawn == truth).all()
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("set,image,target,group\n", "no column 'label'"),
+        ("set,image,target,label,group\nbrain4,a.png,,glioma,g\n", "a.png: no such file, and manifest.csv names it"),
+        ("set,image,target,label,group\nbr35h,b.txt,b.txt,,g\n", "a target of br35h: not a PNG"),
+    ],
+)
+def test_a_manifest_that_does_not_hold_is_refused(tmp_path: Path, text: str, told: str) -> None:
+    (tmp_path / "manifest.csv").write_text(text)
+    (tmp_path / "b.txt").write_text("no picture")
+    with pytest.raises(MwmError, match=told):
+        write_corpora(tmp_path, tmp_path / "out")
+    with pytest.raises(UsageError, match="a new folder"):
+        write_corpora(tmp_path, tmp_path)
 
 
 def test_a_folder_without_images_is_told(tmp_path: Path, monkeypatch, capsys) -> None:
