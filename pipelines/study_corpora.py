@@ -82,7 +82,8 @@ def sample_id(image: str) -> str:
 
 def _coco(targets: Sequence[tuple[str, Annotated]]) -> dict[str, Any]:
     """The outlines as COCO labels of sample ids, for grounder `oracle`."""
-    images, annotations = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for number, (name, said) in enumerate(targets, 1):
         height, width = said.size_px
         images.append({"id": number, "file_name": name, "height": height, "width": width})
