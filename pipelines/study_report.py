@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
-from shared.charts import arms_chart, forest_chart
+from shared.charts import arms_chart, forest_chart, line_chart
 from shared.report import Section, page, table
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ def study_page(config: StudyConfig, summary: Summary) -> str:
             arm: [(score, *compared.scores[arm]) for score, compared in found.scores.items()] for arm in found.arms
         }
         sections.append(Section(f"{found.corpus}, {found.endpoint}: every arm", arms_chart(named)))
+    sections += _efficiency(config, summary)
     sections.append(
         Section("What was hidden", _hidden(summary), "Arms are compared fairly only at equal shares overall.")
     )
@@ -64,6 +65,30 @@ def study_page(config: StudyConfig, summary: Summary) -> str:
         sections.append(Section("Not complete", f"<ul>{listed}</ul>{more}", "The same command continues."))
     facts = {"runs": f"{summary.done} of {summary.total}", "folds": config.folds, "rounds": config.rounds}
     return page("Study", "Does masking what matters help? A comparison at equal budgets.", sections, facts)
+
+
+def _efficiency(config: StudyConfig, summary: Summary) -> list[Section]:
+    """Scores by the share of labels, where endpoints of a corpus differ in nothing but their ``fraction_milli``."""
+    alike: dict[str, list[tuple[int, Table]]] = {}
+    for found in summary.tables:
+        settings = dict(config.corpora[found.corpus].endpoints[found.endpoint].finetune)
+        share = int(settings.pop("fraction_milli", config.finetune.fraction_milli))
+        alike.setdefault(f"{found.corpus}: {settings}", []).append((share, found))
+    sections = []
+    for tables in alike.values():
+        shares = sorted(tables, key=lambda item: item[0])
+        if len({share for share, _ in shares}) < 2:
+            continue
+        first = shares[0][1]
+        score = next(iter(first.scores))
+        series = {
+            arm: ([share / 10 for share, _ in shares], [found.scores[score].scores[arm][0] for _, found in shares])
+            for arm in first.arms
+        }
+        title = f"{first.corpus}, {', '.join(found.endpoint for _, found in shares)}: labels needed"
+        drawn = line_chart(series, x_label="training groups that keep their labels, %", y_label=score)
+        sections.append(Section(title, drawn, "Smaller shares lie in larger ones, alike in all arms."))
+    return sections
 
 
 def _folds(found: Table, config: StudyConfig) -> str:

@@ -20,7 +20,9 @@ from pipelines.audit import audit
 from pipelines.study import Children, RunFailedError, Step, _run_all, run_settings, study_spec
 from pipelines.study_config import StudyConfig
 from pipelines.study_plan import fold_rows, plan, read_corpus
-from pipelines.study_summary import recompute
+from pipelines.study_report import study_page
+from pipelines.study_stats import Compared
+from pipelines.study_summary import Summary, Table, recompute
 from shared.artifact import read_card
 from shared.config import validate
 from shared.errors import ConfigError, IncompatibleError
@@ -180,6 +182,30 @@ def assert_a_forged_study_drifts(out: Path) -> None:
 
 def config(**changes: object) -> StudyConfig:
     return validate(StudyConfig, {**RECIPE, **changes})
+
+
+def test_labels_needed_are_drawn_where_endpoints_differ_in_their_share_alone() -> None:
+    endpoints = {
+        "tenth": {"finetune": {"fraction_milli": 100}},
+        "full": {},
+        "probe": {"finetune": {"freeze": True}, "scratch": False},
+    }
+    study = config(corpora={"discs": {**RECIPE["corpora"]["discs"], "endpoints": endpoints}})
+    tables = [
+        Table(
+            "discs",
+            name,
+            ("scratch", "uniform"),
+            1,
+            2,
+            {"accuracy": Compared({"scratch": (low, 0, 1), "uniform": (high, 0, 1)}, (), 9, 9)},
+        )
+        for name, low, high in (("full", 0.8, 0.9), ("tenth", 0.4, 0.6), ("probe", 0.5, 0.5))
+    ]
+    page = study_page(study, Summary(tuple(tables), (), 0, 0, (), {}))
+    assert "discs, tenth, full: labels needed" in page
+    assert "probe: labels needed" not in page
+    assert "labels needed" not in study_page(study, Summary(tuple(tables[1:]), (), 0, 0, (), {}))
 
 
 def test_folds_keep_groups_whole_and_test_each_image_once(data: Path) -> None:
