@@ -27,34 +27,15 @@ def study_page(config: StudyConfig, summary: Summary) -> str:
     """The report, one HTML page."""
     sections = [Section("What it says", _sentences(summary), _HOW)]
     for found in summary.tables:
-        for score, compared in found.scores.items():
-            rows = [
-                row
-                for d in compared.differences
-                for row in (
-                    (f"{d.arm} against {d.than}, over groups", d.value, d.low, d.high),
-                    (f"over {len(d.by_seed)} seeds", d.value, d.seed_low, d.seed_high),
-                )
-            ]
-            smallest = max((d.smallest for d in compared.differences), default=0.0)
-            note = f"{compared.images} images in {compared.groups} groups, {_folds(found, config)}. " + (
-                f"A true difference below {100 * smallest:.1f} points would not be told from none (80 % power, 5 % "
-                "level)."
-                if math.isfinite(smallest)
-                else "With one seed no difference can be told from none."
-            )
-            told = "; ".join(
-                f"{d.arm} against {d.than} {', '.join(f'{100 * gap:+.1f}' for gap in d.by_seed)}"
-                for d in compared.differences
-            )
-            note += f" By seed: {told}."
-            if config.corpora[found.corpus].supervised:
-                note += " The grounder has been taught by labels of this set: its regions are supervised here."
-            sections.append(Section(f"{found.corpus}, {found.endpoint}: {score}", forest_chart(rows), note))
+        here = (found.corpus, found.endpoint)
+        claimed = [claim.score for claim in config.claims if (claim.corpus, claim.endpoint) == here]
+        shown = [score for score in found.scores if score in claimed] or list(found.scores)[:1]
+        sections += [_forest(config, found, score) for score in shown]
         named = {
             arm: [(score, *compared.scores[arm]) for score, compared in found.scores.items()] for arm in found.arms
         }
         sections.append(Section(f"{found.corpus}, {found.endpoint}: every arm", arms_chart(named)))
+        sections.append(Section(f"{found.corpus}, {found.endpoint}: every difference", _differences(found)))
     sections += _efficiency(config, summary)
     sections.append(
         Section("What was hidden", _hidden(summary), "Arms are compared fairly only at equal shares overall.")
@@ -65,6 +46,42 @@ def study_page(config: StudyConfig, summary: Summary) -> str:
         sections.append(Section("Not complete", f"<ul>{listed}</ul>{more}", "The same command continues."))
     facts = {"runs": f"{summary.done} of {summary.total}", "folds": config.folds, "rounds": config.rounds}
     return page("Study", "Does masking what matters help? A comparison at equal budgets.", sections, facts)
+
+
+def _forest(config: StudyConfig, found: Table, score: str) -> Section:
+    """The differences of one score, each with its two intervals."""
+    compared = found.scores[score]
+    rows = []
+    for d in compared.differences:
+        rows.append((f"{d.arm} against {d.than}, over groups", d.value, d.low, d.high))
+        if math.isfinite(d.seed_error):
+            rows.append((f"over {len(d.by_seed)} seeds", d.value, d.seed_low, d.seed_high))
+    smallest = max((d.smallest for d in compared.differences), default=0.0)
+    note = f"{compared.images} images in {compared.groups} groups, {_folds(found, config)}. " + (
+        f"A true difference below {100 * smallest:.1f} points would not be told from none (80 % power, 5 % level)."
+        if math.isfinite(smallest)
+        else "With one seed no difference can be told from none."
+    )
+    if config.corpora[found.corpus].supervised:
+        note += " The grounder has been taught by labels of this set: its regions are supervised here."
+    return Section(f"{found.corpus}, {found.endpoint}: {score}", forest_chart(rows), note)
+
+
+def _differences(found: Table) -> str:
+    """Every score's differences, in points."""
+    rows = [
+        (
+            score,
+            f"{d.arm} against {d.than}",
+            f"{100 * d.value:+.1f}",
+            f"{100 * d.low:+.1f} to {100 * d.high:+.1f}",
+            f"{100 * d.seed_low:+.1f} to {100 * d.seed_high:+.1f}" if math.isfinite(d.seed_error) else "",
+            ", ".join(f"{100 * gap:+.1f}" for gap in d.by_seed),
+        )
+        for score, compared in found.scores.items()
+        for d in compared.differences
+    ]
+    return table(("score", "arms", "points", "over groups", "over seeds", "each seed"), rows)
 
 
 def _efficiency(config: StudyConfig, summary: Summary) -> list[Section]:
