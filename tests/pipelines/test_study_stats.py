@@ -19,7 +19,11 @@ OVERLAP = 0.25
 
 
 def mean_of(values: np.ndarray):
-    return lambda weight: (weight @ values) / weight.sum(axis=1)
+    def measure(weight: np.ndarray) -> np.ndarray:
+        with np.errstate(invalid="ignore"):  # a resample without an image of this fold
+            return (weight @ values) / weight.sum(axis=1)
+
+    return measure
 
 
 def places(values: np.ndarray, group: list[str], folds: int = 5) -> list[Place]:
