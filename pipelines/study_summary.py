@@ -87,7 +87,7 @@ def publish_study(config: StudyConfig, out: Path, command: str) -> Artifact:
     inputs = tuple(
         Input(role=role, kind=card.identity.kind, artifact_id=card.artifact_id) for role, card in sorted(models.items())
     )
-    spec = {"version": VERSION, "config": config_spec(config)}
+    spec = told_spec(config)
     told: dict[str, Any] = {"kind": "study", "inputs": inputs, "spec": spec}
     supersedes = None
     try:
@@ -117,6 +117,31 @@ def publish_study(config: StudyConfig, out: Path, command: str) -> Artifact:
     return Artifact(folder, card)
 
 
+def told_spec(config: StudyConfig) -> dict[str, Any]:
+    """What is in a study's id; the order of its parts too, since the first arm is what others are compared with."""
+    corpora = [[name, list(corpus.endpoints)] for name, corpus in config.corpora.items()]
+    return {"version": VERSION, "config": config_spec(config), "order": {"arms": list(config.arms), "corpora": corpora}}
+
+
+def config_told(spec: Mapping[str, Any]) -> StudyConfig:
+    """The settings of a published study, in the order that they had; a card's keys are sorted.
+
+    Raises:
+        KeyError, ConfigError: Not such a spec.
+    """
+    told, order = spec["config"], spec["order"]
+    corpora = {
+        name: {
+            **told["corpora"][name],
+            "endpoints": {key: told["corpora"][name]["endpoints"][key] for key in endpoints},
+        }
+        for name, endpoints in order["corpora"]
+    }
+    return validate(
+        StudyConfig, {**told, "corpora": corpora, "arms": {name: told["arms"][name] for name in order["arms"]}}
+    )
+
+
 def name(run: Run) -> str:
     """A run in one line."""
     return f"{run.corpus}/round-{run.round}/fold-{run.fold}/{run.arm}"
@@ -144,7 +169,7 @@ def recompute(folder: Path, card: Card) -> list[str]:
     if spec.get("version") != VERSION:
         raise IncompatibleError(f"a study of version {spec.get('version')}; this release computes version {VERSION}")
     try:
-        config = validate(StudyConfig, spec["config"])
+        config = config_told(spec)
         told = json.loads((folder / NUMBERS).read_bytes())
     except (ConfigError, OSError, KeyError, ValueError, RecursionError) as error:
         raise CorruptError(f"its settings or {NUMBERS} cannot be read: {error}") from None

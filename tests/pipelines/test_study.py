@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import rfc8785
 import yaml
 from PIL import Image
 
@@ -22,7 +23,7 @@ from pipelines.study_config import StudyConfig
 from pipelines.study_plan import fold_rows, plan, read_corpus
 from pipelines.study_report import study_page
 from pipelines.study_stats import Compared
-from pipelines.study_summary import Summary, Table, recompute
+from pipelines.study_summary import Summary, Table, config_told, recompute, told_spec
 from shared.artifact import read_card
 from shared.config import validate
 from shared.errors import ConfigError, IncompatibleError
@@ -249,6 +250,18 @@ def test_what_is_said_of_runs_may_change_and_the_runs_may_not(data: Path, tmp_pa
     said = config(claims=[], pairs=[("uniform", "scratch")], resamples=500)
     specs = [study_spec(study, {}) for study in (config(), said, config(seed=3))]
     assert specs[0] == specs[1] != specs[2]
+
+
+def test_a_card_keeps_the_order_of_arms_and_endpoints() -> None:
+    """Its keys are sorted, and the first arm is what the others are compared with."""
+    uniform, scratch = RECIPE["arms"]["uniform"], RECIPE["arms"]["scratch"]
+    for arms in ({"uniform": uniform, "scratch": scratch}, {"scratch": scratch, "uniform": uniform}):
+        study = config(arms=arms)
+        told = config_told(json.loads(rfc8785.dumps(told_spec(study))))
+        assert told_spec(told) == told_spec(study)
+        assert list(told.arms) == list(arms)
+        assert told.compared("discs", "full") == study.compared("discs", "full")
+        assert list(told.corpora["discs"].endpoints) == ["full", "probe"]
 
 
 def test_one_corpus_after_another_is_run(tmp_path: Path) -> None:
