@@ -124,6 +124,15 @@ def test_a_fold_where_a_score_is_undefined_is_left_out_of_both_arms() -> None:
     assert difference.by_seed == pytest.approx((0.1, 0.1))
 
 
+def test_a_drawn_group_weighs_its_own_images() -> None:
+    """Nine images of one group gain nothing, the one of another all: a quarter of the draws holds the latter alone."""
+    group = [*["many"] * 9, "one"]
+    gain = np.array([0.0] * 9 + [1.0])
+    arms = {"a": places(np.zeros(10), group, 1), "b": places(gain, group, 1)}
+    (difference,) = compared(arms, resamples=200).differences
+    assert (difference.value, difference.low, difference.high) == (pytest.approx(0.1), 0, 1)
+
+
 def test_a_seed_that_decides_is_seen_though_its_groups_agree() -> None:
     """Five trained models, each right or wrong about all of its images: groups alone would be sure."""
     lucky = np.repeat(np.random.default_rng(7).normal(0.1, 0.1, 5), 40)
