@@ -78,7 +78,7 @@ class Compared:
 
 @dataclass(frozen=True)
 class Place:
-    """One fold of one round, as one arm predicted it; the images are the same in all arms, in one order.
+    """One fold of one round, as one arm predicted it; the images are the same in all arms, in any order.
 
     Attributes:
         measure: Score of its N images.
@@ -117,15 +117,15 @@ def compare(
     if len(names) < 2:
         raise ValueError("a study needs two groups or more")
     drawn = draw_groups(len(names), resamples, seed)
-    membership = [np.searchsorted(names, place.group) for place in places]
-    step = max(1, _CHUNK // max(map(len, membership)))
+    step = max(1, _CHUNK // max(len(place.group) for place in places))
     alone, resampled = {}, {}
     for name, own in arms.items():
         alone[name] = np.array([place.measure(np.ones((1, len(place.group)), np.int64))[0] for place in own])
-        again = [
-            np.concatenate([place.measure(drawn[at : at + step][:, rows]) for at in range(0, resamples, step)])
-            for place, rows in zip(own, membership, strict=True)
-        ]
+        again = []
+        for place in own:
+            rows = np.searchsorted(names, place.group)
+            parts = [place.measure(drawn[at : at + step][:, rows]) for at in range(0, resamples, step)]
+            again.append(np.concatenate(parts))
         resampled[name] = _mean_of_known(np.array(again))
     scores = {name: (float(_mean_of_known(alone[name])), *_ends(resampled[name])) for name in arms}
     differences = []
@@ -136,7 +136,7 @@ def compare(
         value = float(_mean_of_known(by_seed))
         told = (*_ends(gap), float(np.nanstd(gap)), tuple(map(float, by_seed)))
         differences.append(Difference(arm, than, value, *told, *over_seeds(by_seed, overlap)))
-    return Compared(scores, tuple(differences), len(names), sum(map(len, membership)))
+    return Compared(scores, tuple(differences), len(names), sum(len(place.group) for place in places))
 
 
 def _mean_of_known(values: Float[np.ndarray, "P *R"]) -> Float[np.ndarray, "*R"]:

@@ -5,17 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int64
 
 from pipelines.study_config import StudyConfig
 from pipelines.study_plan import Run, plan
 from pipelines.study_report import study_page
-from pipelines.study_stats import Compared, Measure, Place, compare, verdict
+from pipelines.study_stats import Compared, Place, compare, verdict
 from shared.artifact import CARD, Artifact, Card, Input, publish, read_card, write_atomic
 from shared.config import digest, dump_yaml, validate
 from shared.config import spec as config_spec
@@ -234,12 +232,10 @@ def _table(
     for arm in arms:
         for place in used:
             tested = _tested(Run(corpus, *place, arm).folder(out) / endpoint)
-            order = np.argsort([row.sample_id for row in tested.examples])
-            group = [tested.examples[at].group for at in order]
+            group = [row.group for row in tested.examples]
             for score, measure in tested.measures().items():
                 if score not in _LOWER:
-                    in_order = partial(_reordered, measure, np.argsort(order))
-                    places.setdefault(score, {}).setdefault(arm, []).append(Place(in_order, group))
+                    places.setdefault(score, {}).setdefault(arm, []).append(Place(measure, group))
     first = next(iter(places.values()))[arms[0]]
     if len({name for place in first for name in place.group}) < 2:
         return None
@@ -249,13 +245,6 @@ def _table(
         for score, by_arm in places.items()
     }
     return Table(corpus, endpoint, arms, len(whole), len(used), scores)
-
-
-def _reordered(
-    measure: Measure, place: Int64[np.ndarray, "N"], weight: Int64[np.ndarray, "R N"]
-) -> Float[np.ndarray, "R"]:
-    """Weights come in the order of ids; the measure's rows stand as they were predicted."""
-    return measure(weight[:, place])
 
 
 def _tested(folder: Path) -> Predictions:
