@@ -71,6 +71,10 @@ def test_outlines_are_the_targets(made: Path) -> None:
         (found,) = oracle.locate(batch, [region])
         drawn = np.max([np.zeros((256, 256), np.float32), *found.probability], axis=0) >= 0.5
         assert (drawn == truth).all()
+        if truth.any():
+            y, x = np.nonzero(truth)
+            low, high = found.box_xyxy_px[:, :2].min(axis=0), found.box_xyxy_px[:, 2:].max(axis=0)
+            assert [*low, *high] == [x.min(), y.min(), x.max() + 1, y.max() + 1]
 
 
 @pytest.mark.parametrize(
