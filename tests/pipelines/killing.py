@@ -1,9 +1,11 @@
 """Ends commands of `mwm` at moments it chooses, continues them, and tells where each one was ended.
 
-Run as a program it is a fork server: it has imported everything and started no thread, so a command costs a fork
-and no second import. The commands are real processes that run `pipelines.cli.main`, and die of real signals.
+Run as a program it is a fork server: after the first, uninterrupted command it imports what that had imported, and
+starts no thread, so a command costs a fork and no import. The commands are real processes that run
+`pipelines.cli.main`, and die of real signals.
 """
 
+import importlib
 import json
 import os
 import random
@@ -41,6 +43,7 @@ class Command:
             given += ["--labels", str(chain.labels)]
         self.arguments = given
         self.said = out.with_name(f"{out.name}.stderr")
+        self.imported = out.with_name(f"{out.name}.modules")
         self.process = 0
         self.started_ns = self.log_bytes = self.last_step = 0
 
@@ -58,6 +61,7 @@ class Command:
             try:
                 main(self.arguments)
             except SystemExit as ended:
+                self.imported.write_text("\n".join(sys.modules))
                 os._exit(int(ended.code or 0))
             os._exit(99)
         status = Path(f"/proc/{self.process}/status")
@@ -159,6 +163,7 @@ class Trials:
         self.phases: Counter[str] = Counter()
         self.codes: Counter[int] = Counter()
         self.ids: set[str] = set()
+        self._import()
         self.whole = self._whole()
 
     def _command(self) -> Command:
@@ -166,6 +171,15 @@ class Trials:
         command = Command(self.stage, self.chain, self.root / f"{self.stage}-{self.folders}", self.settings)
         command.last_step = getattr(self, "last_step", -1)
         return command
+
+    def _import(self) -> None:
+        command = self._command()
+        command.start()
+        assert command.end() == 0, command.said.read_text()
+        self._finished(command)
+        for module in command.imported.read_text().split():
+            importlib.import_module(module)
+        assert len(os.listdir("/proc/self/task")) == 1  # else a fork could copy a lock that is held
 
     def _whole(self) -> str:
         command = self._command()
@@ -257,7 +271,6 @@ class Trials:
 
 def serve(stage: str, root: Path, settings: list[str], kills: list[str], stops: list[str]) -> dict[str, Any]:
     """Do all trials of a stage."""
-    assert len(os.listdir("/proc/self/task")) == 1  # else a fork could copy a lock that is held
     trials = Trials(stage, root, settings)
     trials.kill(kills)
     killed = dict(trials.phases)
