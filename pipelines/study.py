@@ -24,25 +24,20 @@ import rfc8785
 import yaml
 
 from pipelines.study_config import StudyConfig
-from pipelines.study_plan import Corpus, Run, fold_folder, fold_rows, plan, read_corpus, write_fold
+from pipelines.study_plan import Corpus, Run, fold_folder, fold_rows, plan, read_corpus, run_settings, write_fold
 from shared.artifact import CARD, Artifact, open_artifact, write_atomic
-from shared.backbones import resolve_options
 from shared.config import dump_yaml
 from shared.config import spec as config_spec
-from shared.errors import InterruptedRun, MwmError
+from shared.errors import InterruptedRun, MwmError, SpecMismatchError
 from shared.lease import Lease
 from shared.runlog import scrub
 from shared.signals import Signals
 from shared.workspace import refuse_other, set_aside
-from stage2_pretrain.config import PretrainConfig
-from stage3_finetune.config import FinetuneConfig
 
 VERSION = 1
 """Raised when an equal study gives other results."""
 COMMANDS = "run/commands.txt"
 _SPEC = "run/study.json"
-_READ_LATER = ("claims", "pairs", "resamples")
-"""Settings that change what is said of the runs, and none of the runs."""
 _DEATH_SIGNAL = 1
 """``PR_SET_PDEATHSIG`` of Linux."""
 
@@ -149,6 +144,7 @@ def run_study(config: StudyConfig, *, out: Path, images: Path, fresh: bool = Fal
         _begin(out, spec, config)
         children = Children(out)
         stores = {name: _stores(config, corpus, images, out) for name, corpus in corpora.items()}
+        _refuse_others(config, out, {name: found for name, (found, _) in stores.items()})
         for corpus in corpora.values():
             for round_ in range(config.rounds):
                 for fold in range(config.folds):
@@ -171,27 +167,50 @@ def run_study(config: StudyConfig, *, out: Path, images: Path, fresh: bool = Fal
 
 
 def study_spec(config: StudyConfig, corpora: Mapping[str, Corpus]) -> dict[str, Any]:
-    """What runs depend on: a folder holds runs of one such study."""
+    """What the folds and stores of a folder depend on; what runs depend on beside them stands on their cards."""
     return {
         "version": VERSION,
-        "config": {key: value for key, value in config_spec(config).items() if key not in _READ_LATER},
-        "labels": {name: corpus.sha256 for name, corpus in corpora.items()},
-        "stores": {
-            name: open_artifact(settings.store, "region-store")[1].artifact_id
-            for name, settings in config.corpora.items()
-            if settings.store is not None
+        "folds": {"folds": config.folds, "seed": config.seed, "val_milli": config.val_milli},
+        "corpora": {
+            name: {"labels": corpus.sha256, "localize": config_spec(config.localize_config(name))}
+            for name, corpus in corpora.items()
         },
     }
 
 
 def _begin(out: Path, spec: dict[str, Any], config: StudyConfig) -> None:
-    """Refuse a folder that holds another study; the folder is no artifact, what it says is in ``study``."""
+    """Refuse a folder with other folds or stores; arms, endpoints, corpora and rounds may come to it."""
     (out / "run").mkdir(exist_ok=True)
-    path, wanted = out / _SPEC, rfc8785.dumps(spec)
-    if path.exists() and (found := path.read_bytes()) != wanted:
-        refuse_other(out, {"spec": json.loads(found)}, {"spec": spec}, True)
-    write_atomic(path, wanted)
+    path = out / _SPEC
+    kept: dict[str, Any] = {}
+    if path.exists():
+        found = json.loads(path.read_bytes())
+        kept = found.get("corpora", {})
+        known = {**spec, "corpora": {name: told for name, told in spec["corpora"].items() if name in kept}}
+        there = {**found, "corpora": {name: told for name, told in kept.items() if name in known["corpora"]}}
+        if there != known:
+            refuse_other(out, {"spec": there}, {"spec": known}, True)
+    write_atomic(path, rfc8785.dumps({**spec, "corpora": {**kept, **spec["corpora"]}}))
     write_atomic(out / "run/study.yaml", scrub(dump_yaml(config)).encode())
+
+
+def _refuse_others(config: StudyConfig, out: Path, stores: Mapping[str, Mapping[str, str]]) -> None:
+    """Refuse runs that were made of other settings, stores or rows than this study would make them of."""
+    from pipelines.study_check import run_differences
+    from pipelines.study_summary import run_cards
+
+    ids = {
+        (name, kind): open_artifact(path, "region-store")[1].artifact_id
+        for name, own in stores.items()
+        for kind, path in own.items()
+        if path == config.corpora[name].store or (Path(path) / CARD).is_file()  # its own may be yet to come
+    }
+    cards = {run: run_cards(config, run, out) for run in plan(config)}
+    for folder, difference in run_differences(config, cards, out, ids):
+        raise SpecMismatchError(
+            f"{folder}: not a run of this study: {difference}",
+            hint="restore the setting, name another folder with --out, or remove this run's folder to run it again",
+        )
 
 
 def _stores(config: StudyConfig, corpus: Corpus, images: Path, out: Path) -> tuple[dict[str, str], list[Step]]:
@@ -219,47 +238,19 @@ def _stores(config: StudyConfig, corpus: Corpus, images: Path, out: Path) -> tup
     return found, steps
 
 
-def run_settings(config: StudyConfig, run: Run, fold: Path) -> dict[str, Any]:
-    """Settings of a run, by ``pretrain`` and endpoint: the study's own, the arm's over them, and the run's seed.
-
-    Args:
-        config: The study.
-        run: One arm on one fold.
-        fold: Folder of the fold's lists.
-    """
-    arm = config.arms[run.arm]
-    found: dict[str, Any] = {}
-    if arm.pretrain is not None:
-        own = {"seed": run.seed(config), "subset": str((fold / "train.csv").resolve())}
-        settings = {**config.pretrain.model_dump(mode="json"), **arm.pretrain, **own}
-        found["pretrain"] = PretrainConfig.model_validate(settings)
-    for name, endpoint in config.corpora[run.corpus].endpoints.items():
-        if arm.pretrain is None and not endpoint.scratch:
-            continue
-        settings = {**config.finetune.model_dump(mode="json"), **endpoint.finetune, "seed": run.seed(config)}
-        if arm.pretrain is None:
-            settings |= {
-                "backbone": config.pretrain.backbone,
-                "backbone_options": resolve_options(config.pretrain.backbone, config.pretrain.backbone_options),
-                "channels": config.pretrain.channels,
-            }
-        found[name] = FinetuneConfig.model_validate(settings)
-    return found
-
-
 def _steps(config: StudyConfig, run: Run, out: Path, images: Path, stores: dict[str, str]) -> list[Step]:
     """The commands of one run: an encoder, then a model for each endpoint."""
     arm, fold, folder = config.arms[run.arm], fold_folder(out, run.corpus, run.round, run.fold), run.folder(out)
     steps = []
-    for name, settings in run_settings(config, run, fold).items():
-        stage, made = ("pretrain", "encoder") if name == "pretrain" else ("finetune", name)
+    for made, settings in run_settings(config, run, fold).items():
+        stage = "pretrain" if made == "encoder" else "finetune"
         places = ["--images", str(images), "--out", str(folder / made)]
         if stage == "pretrain":
             places += ["--regions", stores[arm.store]]
         else:
             places += ["--labels", str(fold / "labels.csv")]
             places += [] if arm.pretrain is None else ["--encoder", str(folder / "encoder")]
-        recipe = _recipe(folder / f"{name}.yaml", stage, settings)
+        recipe = _recipe(folder / f"{stage if made == 'encoder' else made}.yaml", stage, settings)
         steps.append(Step(folder / made, (stage, recipe, *places)))
     return steps
 

@@ -11,6 +11,9 @@ from stage1_localize.config import LocalizeConfig
 from stage2_pretrain.config import PretrainConfig
 from stage3_finetune.config import FinetuneConfig
 
+ENCODER = "encoder"
+"""Folder of a run's encoder; its models have the names of their endpoints."""
+
 
 class ArmConfig(Strict):
     """One way to pretrain, or none."""
@@ -128,10 +131,16 @@ class StudyConfig(Strict):
         """Test over training images of a fold."""
         return 1 / ((self.folds - 1) * (1 - self.val_milli / 1000))
 
+    def made(self, corpus: str, arm: str) -> tuple[str, ...]:
+        """What a run of an arm makes: an encoder, unless it starts from scratch, and a model an endpoint."""
+        endpoints = self.corpora[corpus].endpoints
+        if self.arms[arm].pretrain is not None:
+            return ENCODER, *endpoints
+        return tuple(name for name, endpoint in endpoints.items() if endpoint.scratch)
+
     def measured(self, corpus: str, endpoint: str) -> tuple[str, ...]:
         """Arms that an endpoint of a corpus measures."""
-        scratch = self.corpora[corpus].endpoints[endpoint].scratch
-        return tuple(name for name, arm in self.arms_of(corpus).items() if scratch or arm.pretrain is not None)
+        return tuple(name for name in self.arms_of(corpus) if endpoint in self.made(corpus, name))
 
     def compared(self, corpus: str, endpoint: str) -> list[tuple[str, str]]:
         """Pairs of these arms, each once: the study's, and those of the claims that are tried here."""

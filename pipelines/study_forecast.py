@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.dry_run import StandIn
-from pipelines.study import run_settings
-from pipelines.study_config import StudyConfig
-from pipelines.study_plan import Corpus, Run, fold_rows, plan, read_corpus, write_fold
+from pipelines.study_config import ENCODER, StudyConfig
+from pipelines.study_plan import Corpus, Run, architecture, fold_rows, plan, read_corpus, run_settings, write_fold
 from pipelines.study_stats import expected_error, expected_smallest
-from shared.backbones import resolve_options
+from shared.artifact import CARD
 from shared.forecast import Forecast, refuse_unusable
 from shared.pseudonyms import unsalted
 from shared.runlog import duration
@@ -60,7 +59,7 @@ def _corpus(config: StudyConfig, corpus: Corpus, out: Path, images: Path) -> For
         if first is not None:
             store, count = _store(config, corpus, out, images, tried)
             run = Run(corpus.name, 0, 0, first)
-            tried["pretrain"] = _pretrain(config, run, corpus, store, count and training, folder)
+            tried[ENCODER] = _pretrain(config, run, corpus, store, count and training, folder)
         for name in settings.endpoints:
             run = Run(corpus.name, 0, 0, first or next(iter(arms)))
             tried[name] = _finetune(config, run, name, corpus, folder)
@@ -69,11 +68,8 @@ def _corpus(config: StudyConfig, corpus: Corpus, out: Path, images: Path) -> For
     for run in plan(config):
         if run.corpus != corpus.name:
             continue
-        scratch = config.arms[run.arm].pretrain is None
-        made = [name for name, endpoint in settings.endpoints.items() if endpoint.scratch or not scratch]
-        for name in made if scratch else ["encoder", *made]:
-            kind = "pretrain" if name == "encoder" else name
-            left[kind] += not (run.folder(out) / name / "artifact.json").is_file()
+        for made in config.made(run.corpus, run.arm):
+            left[made] += not (run.folder(out) / made / CARD).is_file()
     seconds += sum(count * tried[name].seconds for name, count in left.items()) / config.jobs
     told = ", ".join(f"{count} x {name} of {duration(tried[name].seconds)}" for name, count in left.items() if count)
     groups = len({row.group for row in corpus.examples})
@@ -114,7 +110,7 @@ def _store(
 def _pretrain(config: StudyConfig, run: Run, corpus: Corpus, store: Any, count: int | None, folder: Path) -> Forecast:
     from stage2_pretrain.rehearse import rehearse
 
-    settings = run_settings(config, run, folder)["pretrain"]
+    settings = run_settings(config, run, folder)[ENCODER]
     if count is not None:  # a stand-in holds a few samples only
         settings = settings.model_copy(update={"subset": None})
     found, _ = rehearse(settings, images=corpus.images, store=store, out=folder / "none", count=count)
@@ -124,13 +120,7 @@ def _pretrain(config: StudyConfig, run: Run, corpus: Corpus, store: Any, count: 
 def _finetune(config: StudyConfig, run: Run, endpoint: str, corpus: Corpus, folder: Path) -> Forecast:
     from stage3_finetune.rehearse import rehearse
 
-    settings = run_settings(config, run, folder)[endpoint].model_copy(
-        update={
-            "backbone": config.pretrain.backbone,
-            "backbone_options": resolve_options(config.pretrain.backbone, config.pretrain.backbone_options),
-            "channels": config.pretrain.channels,
-        }
-    )
+    settings = run_settings(config, run, folder)[endpoint].model_copy(update=architecture(config))
     labels = folder / "labels.csv"
     found, _ = rehearse(settings, images=corpus.images, labels=labels, encoder=None, out=folder / "none", planned=True)
     warnings = [line for line in found.warnings if "have no row" not in line]

@@ -9,12 +9,16 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from pipelines.study_config import StudyConfig
+from pipelines.study_config import ENCODER, StudyConfig
 from shared.artifact import write_atomic
+from shared.backbones import resolve_options
 from shared.config import digest, validate
 from shared.errors import ConfigError
 from shared.images import Source, find_sources
+from stage2_pretrain.config import PretrainConfig
+from stage3_finetune.config import FinetuneConfig
 from stage3_finetune.contracts import Example, Targets
 from stage3_finetune.labels import by_group, drawn_order, split_by_group
 
@@ -84,6 +88,35 @@ def plan(config: StudyConfig) -> list[Run]:
         for fold in range(config.folds)
         for arm in config.arms_of(corpus)
     ]
+
+
+def run_settings(config: StudyConfig, run: Run, fold: Path) -> dict[str, PretrainConfig | FinetuneConfig]:
+    """Settings of what a run makes, in order: the study's own, the arm's over them, and the run's seed.
+
+    Args:
+        config: The study.
+        run: One arm on one fold.
+        fold: Folder of the fold's lists.
+    """
+    arm, endpoints = config.arms[run.arm], config.corpora[run.corpus].endpoints
+    found: dict[str, PretrainConfig | FinetuneConfig] = {}
+    for made in config.made(run.corpus, run.arm):
+        if made == ENCODER:
+            own = {"seed": run.seed(config), "subset": str((fold / "train.csv").resolve())}
+            settings = {**config.pretrain.model_dump(mode="json"), **(arm.pretrain or {}), **own}
+            found[made] = PretrainConfig.model_validate(settings)
+            continue
+        settings = {**config.finetune.model_dump(mode="json"), **endpoints[made].finetune, "seed": run.seed(config)}
+        if arm.pretrain is None:
+            settings |= architecture(config)
+        found[made] = FinetuneConfig.model_validate(settings)
+    return found
+
+
+def architecture(config: StudyConfig) -> dict[str, Any]:
+    """The encoder of a study, as a model from scratch is told of it."""
+    options = resolve_options(config.pretrain.backbone, config.pretrain.backbone_options)
+    return {"backbone": config.pretrain.backbone, "backbone_options": options, "channels": config.pretrain.channels}
 
 
 def read_corpus(config: StudyConfig, name: str, images: Path) -> Corpus:

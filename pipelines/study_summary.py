@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from pipelines.study_check import run_differences
 from pipelines.study_config import StudyConfig
 from pipelines.study_plan import Run, plan
 from pipelines.study_report import study_page
@@ -148,7 +149,7 @@ def name(run: Run) -> str:
 def run_cards(config: StudyConfig, run: Run, out: Path) -> dict[str, Card]:
     """Cards of a run that are published, by ``encoder`` and endpoint."""
     folder = run.folder(out)
-    wanted = ["encoder", *config.corpora[run.corpus].endpoints]
+    wanted = config.made(run.corpus, run.arm)
     return {made: read_card(folder / made) for made in wanted if (folder / made / CARD).is_file()}
 
 
@@ -184,7 +185,11 @@ def recompute(folder: Path, card: Card) -> list[str]:
                 raise CorruptError(f"{name(run)}/{made}: {faults[0][0]}: {faults[0][1]}")
     again = _thousandths(summarise(config, cards, out).as_dict())
     said = _thousandths(told) if isinstance(told, dict) else {}
-    differing = [f"{key}: not what its runs say" for key in {**again, **said} if said.get(key, key) != again.get(key)]
+    differing = [
+        f"{path.relative_to(out)}: {difference}, but not said"
+        for path, difference in run_differences(config, cards, out)
+    ]
+    differing += [f"{key}: not what its runs say" for key in {**again, **said} if said.get(key, key) != again.get(key)]
     if digest(again) != card.identity.outputs["summary_sha256"]:
         differing.append("summary_sha256: another summary than the artifact's id")
     if dict(again["claims"]) != card.provenance.metrics.get("claims"):
@@ -200,7 +205,7 @@ def summarise(config: StudyConfig, cards: Mapping[Run, Mapping[str, Card]], out:
             table = _table(config, corpus, endpoint, cards, out)
             if table is not None:
                 tables.append(table)
-    open_ = [run for run, own in cards.items() if not set(_wanted(config, run)) <= set(own)]
+    open_ = [run for run, own in cards.items() if not set(config.made(run.corpus, run.arm)) <= set(own)]
     return Summary(
         tuple(tables),
         tuple((claim.text, _claim(claim, tables)) for claim in config.claims),
@@ -209,13 +214,6 @@ def summarise(config: StudyConfig, cards: Mapping[Run, Mapping[str, Card]], out:
         tuple(map(name, open_)),
         _hidden(config, cards),
     )
-
-
-def _wanted(config: StudyConfig, run: Run) -> list[str]:
-    scratch = config.arms[run.arm].pretrain is None
-    endpoints = config.corpora[run.corpus].endpoints
-    made = [made for made, endpoint in endpoints.items() if endpoint.scratch or not scratch]
-    return made if scratch else ["encoder", *made]
 
 
 def _table(

@@ -11,7 +11,7 @@ import resource
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,12 @@ class Forecast:
         if memory is not None and self.memory_bytes > memory:
             found.append(f"memory: {size(self.memory_bytes)} are needed, this machine has {size(memory)}")
         return found
+
+    def tried_with(self, images: int, of: int) -> Forecast:
+        """The same, saying that a trial had fewer images a step than the run will have."""
+        few = f"{images} of {of} images a step were tried, as whole steps take long here"
+        how = {**self.how, "time": f"{self.how['time']}; {few}"}
+        return replace(self, how=how, warnings=[*self.warnings, f"memory: more than the trial's; {few}"])
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON."""

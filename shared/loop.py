@@ -32,6 +32,8 @@ from shared.signals import Signals
 
 VERSION = 2
 """Raised when equal inputs and plans give other weights; part of a run's specification."""
+_PATIENCE_S = 20.0
+"""How long a whole step may take, by a first trial of few images, to be tried whole."""
 
 
 class Stateful(Protocol):
@@ -217,6 +219,39 @@ def rehearse(
                 _advance(module, optimizer, step, batch, sample_ids, plan, index, deque())
             seconds.append(time.perf_counter() - started)
     return seconds
+
+
+def rehearse_briefly(
+    module: nn.Module,
+    batches: Callable[[int], Iterable[tuple[Any, Sequence[str]]]],
+    step: Callable[[Any, int], Scalars],
+    plan: Plan,
+    count: int,
+    size: int,
+    few: int = 4,
+) -> tuple[list[float], int]:
+    """As `rehearse`; where whole steps would take longer than one waits, with few images, and multiplied.
+
+    Args:
+        module: Of `rehearse`.
+        batches: Gives batches of as many images.
+        step: Of `rehearse`.
+        plan: Of `rehearse`.
+        count: Steps to try.
+        size: Images of a whole step.
+        few: Images of a step that is tried first.
+
+    Returns:
+        Seconds of whole steps, warming up in the first; images a step that were tried.
+    """
+    warming = 0.0
+    if few < size:
+        first, second = rehearse(module, batches(few), step, plan, 2)
+        warming, whole = max(0.0, first - second), second * size / few
+        if whole > _PATIENCE_S:
+            return [warming + whole, *[whole] * (count - 1)], few
+    seconds = rehearse(module, batches(size), step, plan, count)
+    return [warming + seconds[0], *seconds[1:]], size
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from torch import Tensor
 from shared.artifact import Input
 from shared.figures import png
 from shared.forecast import Forecast, kept_aside, peak_bytes, refuse_unusable, size
-from shared.loop import rehearse as rehearse_steps
+from shared.loop import rehearse_briefly
 from shared.order import steps_per_epoch
 from shared.pseudonyms import unsalted
 from shared.runlog import duration
@@ -89,17 +89,20 @@ def rehearse(
             yield from parts
             latest[:] = [masked]
 
-        seconds = rehearse_steps(
+        seconds, tried = rehearse_briefly(
             run.ready(),
-            run.steps.follow(_plan(len(run.dataset), batch)),
+            lambda size: run.steps.follow(_plan(len(run.dataset), size)),
             step,
             run.plan(),
             _NEW + _AGAIN,
+            batch,
+            few=4 * config.accumulate,
         )
         strips = _strips_bytes(run, latest[0])
     finally:
         torch.set_num_threads(before)
-    return _forecast(run, out, standing, found, seconds, samples, per_epoch, begun, strips), config
+    forecast = _forecast(run, out, standing, found, seconds, samples, per_epoch, begun, strips)
+    return (forecast if tried == batch else forecast.tried_with(tried, batch)), config
 
 
 def _strips_bytes(run: Run, step: Step) -> int:

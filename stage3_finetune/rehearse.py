@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from shared.forecast import Forecast, kept_aside, peak_bytes, refuse_unusable, size
-from shared.loop import rehearse as rehearse_steps
+from shared.loop import rehearse_briefly
 from shared.order import steps_per_epoch
 from shared.pseudonyms import unsalted
 from shared.runlog import RunLog, duration
@@ -89,12 +89,14 @@ def _try(ready: Ready, out: Path, standing: str, found: dict[str, str], warnings
     batch = -(-len(part) // per_epoch)
     model = run.trained
     run.ready()
-    epochs = config.epochs
+    epochs, tried = config.epochs, batch
     if isinstance(run.task, Remembering) and run.task.remembers:
         epochs, seconds = 0, _remember(run.task, part, batch)
     else:
-        seconds = rehearse_steps(model, _batches(part, batch), run.loss, run.plan(per_epoch), _NEW + _AGAIN)
-    scoring_s, resampling_s = _scoring_s(run, part, batch)
+        seconds, tried = rehearse_briefly(
+            model, lambda size: _batches(part, size), run.loss, run.plan(per_epoch), _NEW + _AGAIN, batch
+        )
+    scoring_s, resampling_s = _scoring_s(run, part, tried)
     reading, again = sum(seconds[1:_NEW]) / (_NEW - 1), sum(seconds[_NEW:]) / _AGAIN
     cached = min(int(part.bytes_an_image * len(part)), config.cache_mib << 20)
     again = min(reading, again) if part.bytes_an_image * len(part) <= config.cache_mib << 20 else reading
@@ -109,7 +111,7 @@ def _try(ready: Ready, out: Path, standing: str, found: dict[str, str], warnings
     state = weights * (2 if held["val"] else 1) + 2 * trained
     states = 1 if wall < config.save_every_s and config.save_every_steps is None else 2
     disk = weights + states * state + steps * _METRICS_BYTES + _PAGE_BYTES + sum(held.values()) * _ROW_BYTES * 2
-    return Forecast(
+    forecast = Forecast(
         out,
         standing,
         found,
@@ -126,6 +128,7 @@ def _try(ready: Ready, out: Path, standing: str, found: dict[str, str], warnings
         },
         warnings=warnings,
     )
+    return forecast if tried == batch else forecast.tried_with(tried, batch)
 
 
 def _batches(part: Part | FeaturePart, batch: int) -> Iterator[tuple[Batch, tuple[str, ...]]]:

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 
 from pipelines.options import RECIPES, is_study, read_config
-from pipelines.study import run_settings
 from pipelines.study_config import StudyConfig
-from pipelines.study_plan import plan
+from pipelines.study_plan import plan, run_settings
 from shared.backbones import build
 from shared.config import validate
 from stage2_pretrain.config import PretrainConfig
@@ -51,9 +50,9 @@ def test_every_arm_of_a_study_has_its_share_and_its_settings(name: str, tmp_path
     assert study.folds == 5  # seeds
     for run in plan(study):
         settings = run_settings(study, run, tmp_path)
-        assert set(settings) - {"pretrain"} <= set(study.corpora[run.corpus].endpoints)
-        if "pretrain" in settings:
-            config = resolve(settings["pretrain"])
+        assert set(settings) - {"encoder"} <= set(study.corpora[run.corpus].endpoints)
+        if "encoder" in settings:
+            config = resolve(settings["encoder"])
             assert build_policy(config.policy["name"], config.policy_options).strata
 
 

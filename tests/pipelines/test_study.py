@@ -18,15 +18,17 @@ import yaml
 from PIL import Image
 
 from pipelines.audit import audit
-from pipelines.study import Children, RunFailedError, Step, _run_all, run_settings, study_spec
+from pipelines.study import Children, RunFailedError, Step, _begin, _run_all, study_spec
+from pipelines.study_check import run_differences
 from pipelines.study_config import StudyConfig
-from pipelines.study_plan import fold_rows, plan, read_corpus
+from pipelines.study_plan import fold_rows, plan, read_corpus, run_settings
 from pipelines.study_report import study_page
 from pipelines.study_stats import Compared
-from pipelines.study_summary import Summary, Table, config_told, recompute, told_spec
+from pipelines.study_summary import Summary, Table, config_told, recompute, run_cards, told_spec
 from shared.artifact import read_card
+from shared.config import spec as config_spec
 from shared.config import validate
-from shared.errors import ConfigError, IncompatibleError
+from shared.errors import ConfigError, IncompatibleError, SpecMismatchError
 from stage3_finetune.predictions import ClassPredictions
 from tests.pipelines.test_audit import reseal
 
@@ -154,7 +156,48 @@ def test_a_study_is_stopped_continued_published_and_audited(data: Path, tmp_path
     other = recipe(tmp_path, corpora=corpora, finetune={**RECIPE["finetune"], "lr": 0.01})
     refused = subprocess.run(command(other, data, out), cwd=ROOT, env=environment, capture_output=True, text=True)
     assert refused.returncode == 2
-    assert "spec.config.finetune.lr" in refused.stderr
+    assert "full: not a run of this study: lr: '0.0003' there, '0.01' asked" in refused.stderr
+    assert_a_run_of_other_settings_is_found(out, validate(StudyConfig, {**RECIPE, "corpora": corpora}))
+    more = {**RECIPE["arms"], "region": {"pretrain": {"policy": {"name": "region", "overall": 400}}}}
+    wider = command(recipe(tmp_path, corpora=corpora, arms=more), data, out)
+    subprocess.run(wider, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert read_card(out / "study", "study").identity.outputs["runs"] == 6
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items() if "/study/" not in str(path))
+
+
+def assert_a_run_of_other_settings_is_found(out: Path, study: StudyConfig) -> None:
+    """Every setting that a study gives, another on one card; other labels, options, store or encoder too."""
+    cards = {run: run_cards(study, run, out) for run in plan(study)}
+    assert list(run_differences(study, cards, out)) == []
+    run = next(run for run in cards if run.arm == "uniform")
+
+    def said(made: str, change: dict[str, object]) -> list[str]:
+        card = cards[run][made]
+        identity = card.identity.model_copy(update=change)
+        forged = {**cards, run: {**cards[run], made: card.model_copy(update={"identity": identity})}}
+        return [text for _, text in run_differences(study, forged, out)]
+
+    elsewhere = {"precision": "dtype"}
+    tried = 0
+    for made, settings in run_settings(study, run, out).items():
+        for key, wanted in config_spec(settings).items():
+            spec = json.loads(json.dumps(cards[run][made].identity.spec))
+            where = [spec, spec.get("mask", {}), spec["numeric"], spec.get("config", {})]
+            (section, *_) = [part for part in where if elsewhere.get(key, key) in part] or [spec]
+            another: object = {"name": "another", "options": {}} if key == "policy" else "another"
+            section[elsewhere.get(key, key)] = another
+            found = said(made, {"spec": spec})
+            assert bool(found) == (key not in ("impl", "subset", "device")), (made, key)
+            tried += wanted != "auto"
+    assert tried > 35
+    spec = json.loads(json.dumps(cards[run]["full"].identity.spec))
+    spec["config"]["options"]["mixup_milli"] = 200  # not given by the study: held against the other arms
+    assert said("full", {"spec": spec}) == ["settings: others than those of the runs that it is compared with"]
+    spec = {**cards[run]["full"].identity.spec, "labels": {"rows": 1, "sha256": ""}}
+    assert said("full", {"spec": spec}) == ["labels: others than those of the runs that it is compared with"]
+    assert said("full", {"inputs": ()})[0].startswith("encoder: None there")
+    store = {("discs", "localized"): "0" * 64}
+    assert next(text for _, text in run_differences(study, cards, out, store)).startswith("region store: others")
 
 
 def assert_a_forged_study_drifts(out: Path) -> None:
@@ -230,9 +273,9 @@ def test_a_probe_means_nothing_from_scratch(tmp_path: Path) -> None:
     scratch, uniform = plan(config())[:2]
     assert list(run_settings(config(), scratch, tmp_path)) == ["full"]
     found = run_settings(config(), uniform, tmp_path)
-    assert list(found) == ["pretrain", "full", "probe"]
-    assert (found["probe"].freeze, found["pretrain"].seed, found["full"].seed) == (True, 0, 0)
-    assert run_settings(config(), scratch, tmp_path)["full"].backbone == found["pretrain"].backbone
+    assert list(found) == ["encoder", "full", "probe"]
+    assert (found["probe"].freeze, found["encoder"].seed, found["full"].seed) == (True, 0, 0)
+    assert run_settings(config(), scratch, tmp_path)["full"].backbone == found["encoder"].backbone
 
 
 def test_whole_folds_come_first() -> None:
@@ -244,12 +287,25 @@ def test_whole_folds_come_first() -> None:
     assert len({run.seed(config()) for run in runs if (run.round, run.fold) == (0, 0)}) == 1  # alike in all arms
 
 
-def test_what_is_said_of_runs_may_change_and_the_runs_may_not(data: Path, tmp_path: Path) -> None:
-    begun = tmp_path / "run"
-    begun.mkdir()
-    said = config(claims=[], pairs=[("uniform", "scratch")], resamples=500)
-    specs = [study_spec(study, {}) for study in (config(), said, config(seed=3))]
-    assert specs[0] == specs[1] != specs[2]
+def test_a_folder_may_grow_and_its_folds_and_stores_may_not(data: Path, tmp_path: Path) -> None:
+    discs = RECIPE["corpora"]["discs"]
+    more = {"discs": discs, "again": discs}
+    found = {name: read_corpus(config(corpora=more), name, data) for name in more}
+
+    def begin(study: StudyConfig) -> None:
+        _begin(tmp_path, study_spec(study, {name: found[name] for name in study.corpora}), study)
+
+    begin(config())
+    for study in (config(claims=[], resamples=500, jobs=1, rounds=2), config(corpora=more), config()):
+        begin(study)
+    words = {"discs": {**discs, "regions": {"disc": "another word"}}}
+    for study, said in (
+        (config(seed=3), r"spec\.folds\.seed \(0 there, 3 asked\)"),
+        (config(corpora=words), r"spec\.corpora\.discs\.localize\.regions"),
+        (config(corpora={**more, "again": words["discs"]}), r"spec\.corpora\.again\.localize"),
+    ):
+        with pytest.raises(SpecMismatchError, match=said):
+            begin(study)
 
 
 def test_a_card_keeps_the_order_of_arms_and_endpoints() -> None:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -280,6 +281,29 @@ def test_a_step_that_does_not_fit_into_memory_says_what_to_lower(tmp_path, size,
     assert (caught.value.kind, caught.value.exit_code) == ("out-of-memory", 2)
     assert "batch_size" in caught.value.hint
     assert latest_state(tmp_path / "run/state")[0] == 2
+
+
+def test_a_trial_of_slow_steps_has_few_images_and_says_so(monkeypatch):
+    sizes: list[int] = []
+
+    def batches(size):
+        for row in data(0):
+            sizes.append(size)
+            yield row
+
+    def step(batch, index):
+        time.sleep(0.002)
+        return {"loss": net(batch).square().mean()}
+
+    net = module()
+    whole, tried = loop.rehearse_briefly(net, batches, step, PLAN, 3, 64)
+    assert (sizes, tried, len(whole)) == ([4, 4, 64, 64, 64], 64, 3)
+    monkeypatch.setattr(loop, "_PATIENCE_S", 0.01)
+    sizes.clear()
+    multiplied, tried = loop.rehearse_briefly(net, batches, step, PLAN, 3, 64)
+    assert (sizes, tried) == ([4, 4], 4)
+    assert multiplied[1] == multiplied[2] >= 0.002 * 64 / 4
+    assert loop.rehearse_briefly(net, batches, step, PLAN, 3, 4)[1] == 4  # nothing smaller to try
 
 
 def test_states_of_another_module_are_refused(tmp_path):
