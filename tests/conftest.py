@@ -7,6 +7,9 @@ from typing import NoReturn
 import pytest
 
 ROOT = Path(__file__).parents[1]
+for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    # pytest runs as many processes as there are cores: threads of one would wait for those of the others.
+    os.environ.setdefault(_name, "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
