@@ -82,7 +82,8 @@ class Children:
         _, told = child.communicate()
         with self.lock:
             self.running.discard(child)
-        if child.returncode == InterruptedRun.exit_code:
+        # One told before it answers signals dies of this one, and has nothing to save.
+        if child.returncode == InterruptedRun.exit_code or (self.stopped and child.returncode == -signal.SIGTERM):
             raise InterruptedRun("a run was interrupted; its state is saved")
         if child.returncode:
             lines = [line for line in told.splitlines() if line.startswith(("error", "hint"))]

@@ -3,86 +3,40 @@
 import csv
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import pytest
 import rfc8785
 import yaml
-from PIL import Image
 
 from pipelines.audit import audit
 from pipelines.study import Children, RunFailedError, Step, _begin, _run_all, study_spec
 from pipelines.study_check import run_differences
 from pipelines.study_config import StudyConfig
-from pipelines.study_plan import fold_rows, plan, read_corpus, run_settings
+from pipelines.study_plan import plan, read_corpus, run_settings
 from pipelines.study_report import study_page
 from pipelines.study_stats import Compared
 from pipelines.study_summary import Summary, Table, config_told, recompute, run_cards, told_spec
 from shared.artifact import read_card
 from shared.config import spec as config_spec
 from shared.config import validate
-from shared.errors import ConfigError, IncompatibleError, SpecMismatchError
+from shared.errors import ConfigError, IncompatibleError, InterruptedRun, SpecMismatchError
 from stage3_finetune.predictions import ClassPredictions
+from tests.pipelines.studies import GROUPS, RECIPE, config, write_discs
 from tests.pipelines.test_audit import reseal
 
 ROOT = Path(__file__).parents[2]
-GROUPS = 12
-RECIPE = {
-    "corpora": {
-        "discs": {
-            "images": "discs.csv",
-            "labels": "labels.csv",
-            "regions": {"disc": "disc"},
-            "endpoints": {
-                "full": {},
-                "probe": {"finetune": {"freeze": True}, "scratch": False},
-            },
-        }
-    },
-    "arms": {
-        "scratch": {},
-        "uniform": {"pretrain": {"policy": {"name": "uniform", "hide": 400}}},
-    },
-    "claims": [
-        {"text": "pretraining helps", "corpus": "discs", "endpoint": "full", "score": "accuracy", "arm": "uniform",
-         "than": "scratch", "milli": 31},
-    ],
-    "localize": {"grounder": "contrast", "segmenter": "boxfill", "grid_px": 64, "workers": 0},
-    "pretrain": {"method": {"name": "spark", "decoder_width": 32}, "backbone": "test_resnet", "backbone_options": {},
-                 "size_px": 64, "epochs": 1, "warmup_epochs": 0, "batch_size": 16, "threads": 1, "pictures": 0},
-    "finetune": {"size_px": 64, "epochs": 1, "warmup_epochs": 0, "batch_size": 16, "threads": 1, "resamples": 100},
-    "folds": 2,
-    "resamples": 100,
-    "jobs": 2,
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two images a group; what a disc's size is, is the class."""
-    folder = tmp_path_factory.mktemp("study") / "data"
-    (folder / "images").mkdir(parents=True)
-    noise = np.random.default_rng(0)
-    images, labels = ["image,sample_id,group"], ["sample_id,label,group"]
-    for group in range(GROUPS):
-        for number in range(2):
-            name, label = f"{group:02d}-{number}.png", "ab"[group % 2]
-            y, x = np.mgrid[:48, :48]
-            disc = np.hypot(y - 24, x - 20 - number) < (6, 12)[group % 2]
-            pixels = 60 + noise.normal(0, 10, (48, 48)) + 120 * disc
-            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / "images" / name)
-            images.append(f"images/{name},{name},g{group}")
-            labels.append(f"{name},{label},g{group}")
-    (folder / "discs.csv").write_text("\n".join(images) + "\n")
-    (folder / "labels.csv").write_text("\n".join(labels) + "\n")
-    return folder
+    return write_discs(tmp_path_factory.mktemp("study") / "data")
 
 
 def recipe(folder: Path, **changes: object) -> Path:
@@ -177,18 +131,17 @@ def assert_a_run_of_other_settings_is_found(out: Path, study: StudyConfig) -> No
         forged = {**cards, run: {**cards[run], made: card.model_copy(update={"identity": identity})}}
         return [text for _, text in run_differences(study, forged, out)]
 
-    elsewhere = {"precision": "dtype"}
     tried = 0
     for made, settings in run_settings(study, run, out).items():
         for key, wanted in config_spec(settings).items():
             spec = json.loads(json.dumps(cards[run][made].identity.spec))
-            where = [spec, spec.get("mask", {}), spec["numeric"], spec.get("config", {})]
-            (section, *_) = [part for part in where if elsewhere.get(key, key) in part] or [spec]
-            another: object = {"name": "another", "options": {}} if key == "policy" else "another"
-            section[elsewhere.get(key, key)] = another
-            found = said(made, {"spec": spec})
-            assert bool(found) == (key not in ("impl", "subset", "device")), (made, key)
-            tried += wanted != "auto"
+            where = [spec, spec["mask"], spec["numeric"]] if made == "encoder" else [spec["config"]]
+            name = "dtype" if (made, key) == ("encoder", "precision") else key
+            section = next((part for part in where if name in part), spec)
+            section[name] = {"name": "another", "options": {}} if key == "policy" else "another"
+            left_open = key in ("impl", "subset") or (made == "encoder" and wanted == "auto")
+            assert bool(said(made, {"spec": spec})) != left_open, (made, key)
+            tried += not left_open
     assert tried > 35
     spec = json.loads(json.dumps(cards[run]["full"].identity.spec))
     spec["config"]["options"]["mixup_milli"] = 200  # not given by the study: held against the other arms
@@ -224,10 +177,6 @@ def assert_a_forged_study_drifts(out: Path) -> None:
     moved.rename(out / "discs")
 
 
-def config(**changes: object) -> StudyConfig:
-    return validate(StudyConfig, {**RECIPE, **changes})
-
-
 def test_labels_needed_are_drawn_where_endpoints_differ_in_their_share_alone() -> None:
     endpoints = {
         "tenth": {"finetune": {"fraction_milli": 100}},
@@ -250,41 +199,6 @@ def test_labels_needed_are_drawn_where_endpoints_differ_in_their_share_alone() -
     assert "discs, tenth, full: labels needed" in page
     assert "probe: labels needed" not in page
     assert "labels needed" not in study_page(study, Summary(tuple(tables[1:]), (), 0, 0, (), {}))
-
-
-def test_folds_keep_groups_whole_and_test_each_image_once(data: Path) -> None:
-    study = config(folds=3)
-    corpus = read_corpus(study, "discs", data)
-    tested: list[str] = []
-    for fold in range(3):
-        rows = fold_rows(corpus, study, 0, fold)
-        parts = {part: {row.group for row in rows if row.split == part} for part in ("train", "val", "test")}
-        assert all(parts.values())
-        assert not parts["train"] & parts["val"]
-        assert not (parts["train"] | parts["val"]) & parts["test"]
-        assert {row.label for row in rows if row.split == "test"} == {"a", "b"}
-        tested += [row.sample_id for row in rows if row.split == "test"]
-        assert fold_rows(corpus, study, 0, fold) == rows
-    assert sorted(tested) == sorted(row.sample_id for row in corpus.examples)
-    assert fold_rows(corpus, study, 1, 0) != fold_rows(corpus, study, 0, 0)
-
-
-def test_a_probe_means_nothing_from_scratch(tmp_path: Path) -> None:
-    scratch, uniform = plan(config())[:2]
-    assert list(run_settings(config(), scratch, tmp_path)) == ["full"]
-    found = run_settings(config(), uniform, tmp_path)
-    assert list(found) == ["encoder", "full", "probe"]
-    assert (found["probe"].freeze, found["encoder"].seed, found["full"].seed) == (True, 0, 0)
-    assert run_settings(config(), scratch, tmp_path)["full"].backbone == found["encoder"].backbone
-
-
-def test_whole_folds_come_first() -> None:
-    runs = plan(config(rounds=2))
-    assert [(run.round, run.fold, run.arm) for run in runs][:3] == [
-        (0, 0, "scratch"), (0, 0, "uniform"), (0, 1, "scratch"),
-    ]  # fmt: skip
-    assert len({run.seed(config(rounds=2)) for run in runs}) == 4
-    assert len({run.seed(config()) for run in runs if (run.round, run.fold) == (0, 0)}) == 1  # alike in all arms
 
 
 def test_a_folder_may_grow_and_its_folds_and_stores_may_not(data: Path, tmp_path: Path) -> None:
@@ -320,6 +234,23 @@ def test_a_card_keeps_the_order_of_arms_and_endpoints() -> None:
         assert list(told.corpora["discs"].endpoints) == ["full", "probe"]
 
 
+def test_a_command_stopped_before_it_answers_signals_is_interrupted(tmp_path: Path) -> None:
+    for stop, error in ((Children.stop, InterruptedRun), (kill_each, RunFailedError)):
+        children = Children(tmp_path)
+        with ThreadPoolExecutor(1) as pool:
+            running = pool.submit(children.run, ["doctor"])
+            while not children.running:
+                time.sleep(0.001)
+            stop(children)
+            with pytest.raises(error):
+                running.result()
+
+
+def kill_each(children: Children) -> None:
+    for child in list(children.running):
+        child.terminate()
+
+
 def test_one_corpus_after_another_is_run(tmp_path: Path) -> None:
     """Groups of runs through one set of children, the first of them done: only a failure tells others to stop."""
     ran: list[str] = []
@@ -345,30 +276,6 @@ def test_one_corpus_after_another_is_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("sample_id,label\n00-0.png,a\n01-0.png,b\n", "not every row has a group"),
-        ("sample_id,label,group,split\n00-0.png,a,g0,train\n01-0.png,b,g1,test\n", "parts of their own"),
-        ("sample_id,label,group\n00-0.png,a,g0\n00-1.png,a,g0\n01-0.png,b,g1\n", "fewer than 2 folds"),
-        ("sample_id,label,group\n00-0.png,a,g0\n99.png,b,g1\n", "not among the images"),
-    ],
-)
-def test_labels_that_cannot_be_cut_into_folds_are_refused(data: Path, tmp_path: Path, text: str, message: str) -> None:
-    (tmp_path / "labels.csv").write_text(text)
-    listed = [line.rpartition(",")[0] for line in (data / "discs.csv").read_text().splitlines()]
-    (tmp_path / "discs.csv").write_text("\n".join(listed) + "\n")
-    shutil.copytree(data / "images", tmp_path / "images")
-    study = config()
-
-    def cut() -> None:
-        corpus = read_corpus(study, "discs", tmp_path)
-        fold_rows(corpus, study, 0, 0)
-
-    with pytest.raises(ConfigError, match=message):
-        cut()
-
-
-@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"arms": {"scratch": {}}}, "arms"),
@@ -388,7 +295,7 @@ def test_the_dry_run_says_the_hours_and_what_can_be_shown(data: Path, tmp_path: 
     code, out, err = mwm("run", str(recipe(tmp_path)), "--images", str(data), "--out", str(tmp_path / "o"), "--dry-run")
     assert code == 0, err
     assert "folds: 2" in out
-    assert "2 x pretrain of" in err
+    assert "2 x encoder of" in err
     assert "4 x full of" in err
     assert "2 x probe of" in err
     assert f"smallest difference that {GROUPS} groups could show" in err
