@@ -23,7 +23,7 @@ from typing import Any
 import rfc8785
 import yaml
 
-from pipelines.study_config import StudyConfig
+from pipelines.study_config import ENCODER, StudyConfig
 from pipelines.study_plan import Corpus, Run, fold_folder, fold_rows, plan, read_corpus, run_settings, write_fold
 from shared.artifact import CARD, Artifact, open_artifact, write_atomic
 from shared.config import dump_yaml
@@ -142,10 +142,13 @@ def run_study(config: StudyConfig, *, out: Path, images: Path, fresh: bool = Fal
         set_aside(out)
     spec = study_spec(config, corpora)
     with Lease(out):
-        _begin(out, spec, config)
-        children = Children(out)
+        spec = _grown(out, spec)
         stores = {name: _stores(config, corpus, images, out) for name, corpus in corpora.items()}
-        _refuse_others(config, out, {name: found for name, (found, _) in stores.items()})
+        paths = {name: found for name, (found, _) in stores.items()}
+        _refuse_others(config, out, paths)
+        write_atomic(out / _SPEC, rfc8785.dumps(spec))
+        write_atomic(out / "run/study.yaml", scrub(dump_yaml(config)).encode())
+        children = Children(out)
         for corpus in corpora.values():
             for round_ in range(config.rounds):
                 for fold in range(config.folds):
@@ -162,6 +165,7 @@ def run_study(config: StudyConfig, *, out: Path, images: Path, fresh: bool = Fal
                 if not step.done:
                     _say(f"{name}: localize {len(corpora[name].sources)} images into {step.out.name}")
                     _stoppable(children, step)
+            _refuse_others(config, out, paths)  # runs that are there may have been made of another store
             own = {run: steps[run] for run in runs}
             _run_all(own, children, config.jobs, lambda: publish_study(config, out, command))
         return publish_study(config, out, command)
@@ -173,26 +177,33 @@ def study_spec(config: StudyConfig, corpora: Mapping[str, Corpus]) -> dict[str, 
         "version": VERSION,
         "folds": {"folds": config.folds, "seed": config.seed, "val_milli": config.val_milli},
         "corpora": {
-            name: {"labels": corpus.sha256, "localize": config_spec(config.localize_config(name))}
+            name: {
+                "labels": corpus.sha256,
+                "localize": None if config.corpora[name].store else config_spec(config.localize_config(name)),
+                "outlines": corpus.outlines_sha256,
+            }
             for name, corpus in corpora.items()
         },
     }
 
 
-def _begin(out: Path, spec: dict[str, Any], config: StudyConfig) -> None:
-    """Refuse a folder with other folds or stores; arms, endpoints, corpora and rounds may come to it."""
+def _grown(out: Path, spec: dict[str, Any]) -> dict[str, Any]:
+    """What the folder will hold: arms, endpoints, corpora and rounds may come to it, not other folds or stores."""
     (out / "run").mkdir(exist_ok=True)
     path = out / _SPEC
-    kept: dict[str, Any] = {}
-    if path.exists():
-        found = json.loads(path.read_bytes())
-        kept = found.get("corpora", {})
-        known = {**spec, "corpora": {name: told for name, told in spec["corpora"].items() if name in kept}}
-        there = {**found, "corpora": {name: told for name, told in kept.items() if name in known["corpora"]}}
-        if there != known:
-            refuse_other(out, {"spec": there}, {"spec": known}, True)
-    write_atomic(path, rfc8785.dumps({**spec, "corpora": {**kept, **spec["corpora"]}}))
-    write_atomic(out / "run/study.yaml", scrub(dump_yaml(config)).encode())
+    if not path.exists():
+        return spec
+    found = json.loads(path.read_bytes())
+    kept = {
+        name: told
+        for name, told in found.get("corpora", {}).items()
+        if any((out / name).glob(f"*/{CARD}")) or any((out / name).glob(f"round-*/fold-*/*/*/{CARD}"))
+    }
+    known = {**spec, "corpora": {name: told for name, told in spec["corpora"].items() if name in kept}}
+    there = {**found, "corpora": {name: told for name, told in kept.items() if name in known["corpora"]}}
+    if there != known:
+        refuse_other(out, {"spec": there}, {"spec": known}, True)
+    return {**spec, "corpora": {**kept, **spec["corpora"]}}
 
 
 def _refuse_others(config: StudyConfig, out: Path, stores: Mapping[str, Mapping[str, str]]) -> None:
@@ -210,7 +221,7 @@ def _refuse_others(config: StudyConfig, out: Path, stores: Mapping[str, Mapping[
     for folder, difference in run_differences(config, cards, out, ids):
         raise SpecMismatchError(
             f"{folder}: not a run of this study: {difference}",
-            hint="restore the setting, name another folder with --out, or remove this run's folder to run it again",
+            hint="restore the setting, name another folder with --out, or remove that folder to make the run again",
         )
 
 
@@ -244,14 +255,14 @@ def _steps(config: StudyConfig, run: Run, out: Path, images: Path, stores: dict[
     arm, fold, folder = config.arms[run.arm], fold_folder(out, run.corpus, run.round, run.fold), run.folder(out)
     steps = []
     for made, settings in run_settings(config, run, fold).items():
-        stage = "pretrain" if made == "encoder" else "finetune"
+        stage = "pretrain" if made == ENCODER else "finetune"
         places = ["--images", str(images), "--out", str(folder / made)]
         if stage == "pretrain":
             places += ["--regions", stores[arm.store]]
         else:
             places += ["--labels", str(fold / "labels.csv")]
-            places += [] if arm.pretrain is None else ["--encoder", str(folder / "encoder")]
-        recipe = _recipe(folder / f"{stage if made == 'encoder' else made}.yaml", stage, settings)
+            places += [] if arm.pretrain is None else ["--encoder", str(folder / ENCODER)]
+        recipe = _recipe(folder / f"{stage if made == ENCODER else made}.yaml", stage, settings)
         steps.append(Step(folder / made, (stage, recipe, *places)))
     return steps
 

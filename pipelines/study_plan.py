@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.study_config import ENCODER, StudyConfig
-from shared.artifact import write_atomic
+from shared.artifact import file_sha256, write_atomic
 from shared.backbones import resolve_options
 from shared.config import digest, validate
 from shared.errors import ConfigError
@@ -34,6 +34,7 @@ class Corpus:
         sources: Images, by id.
         targets: The labels as the task reads them.
         labels: Where the labels are.
+        outlines_sha256: Of the file of outlines; null without one.
         column: Name of the column that holds the label.
         cells: What stands in that column, by id.
     """
@@ -44,6 +45,7 @@ class Corpus:
     sources: dict[str, Source]
     targets: Targets
     labels: Path
+    outlines_sha256: str | None
     column: str
     cells: dict[str, str]
 
@@ -145,7 +147,8 @@ def read_corpus(config: StudyConfig, name: str, images: Path) -> Corpus:
         raise ConfigError(f"corpus {name}: {len(missing)} labelled samples are not among the images{shown}")
     column, cells = _cells(labels, names)
     ordered = tuple(sorted(examples, key=lambda row: row.sample_id))
-    return Corpus(name, ordered, images / corpus.images, sources, targets, labels, column, cells)
+    outlines = None if corpus.outlines is None else file_sha256(images / corpus.outlines)
+    return Corpus(name, ordered, images / corpus.images, sources, targets, labels, outlines, column, cells)
 
 
 def _targets(config: StudyConfig, name: str, labels: Path, sources: dict[str, Source]) -> Targets:

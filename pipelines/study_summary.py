@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from pipelines.study_check import run_differences
-from pipelines.study_config import StudyConfig
+from pipelines.study_config import ENCODER, StudyConfig
 from pipelines.study_plan import Run, plan
 from pipelines.study_report import study_page
 from pipelines.study_stats import Compared, Place, compare, verdict
@@ -150,7 +150,8 @@ def run_cards(config: StudyConfig, run: Run, out: Path) -> dict[str, Card]:
     """Cards of a run that are published, by ``encoder`` and endpoint."""
     folder = run.folder(out)
     wanted = config.made(run.corpus, run.arm)
-    return {made: read_card(folder / made) for made in wanted if (folder / made / CARD).is_file()}
+    kinds = {made: ENCODER if made == ENCODER else "model" for made in wanted}
+    return {made: read_card(folder / made, kind) for made, kind in kinds.items() if (folder / made / CARD).is_file()}
 
 
 def recompute(folder: Path, card: Card) -> list[str]:
@@ -181,14 +182,15 @@ def recompute(folder: Path, card: Card) -> list[str]:
         raise IncompatibleError(f"{len(missing)} of its runs are not beside it, or are others: {missing[0]}")
     for run, own in cards.items():
         for made in own:
-            if faults := list(prediction_faults(run.folder(out) / made, own[made])) if made != "encoder" else []:
+            if faults := list(prediction_faults(run.folder(out) / made, own[made])) if made != ENCODER else []:
                 raise CorruptError(f"{name(run)}/{made}: {faults[0][0]}: {faults[0][1]}")
     again = _thousandths(summarise(config, cards, out).as_dict())
     said = _thousandths(told) if isinstance(told, dict) else {}
-    differing = [
-        f"{path.relative_to(out)}: {difference}, but not said"
-        for path, difference in run_differences(config, cards, out)
-    ]
+    try:
+        found_others = list(run_differences(config, cards, out))
+    except (AttributeError, KeyError, TypeError, ValueError, ConfigError) as error:
+        raise CorruptError(f"settings of the study, or on a run's card, cannot be read: {error}") from None
+    differing = [f"not a run of this study: {path.relative_to(out)}: {said}" for path, said in found_others]
     differing += [f"{key}: not what its runs say" for key in {**again, **said} if said.get(key, key) != again.get(key)]
     if digest(again) != card.identity.outputs["summary_sha256"]:
         differing.append("summary_sha256: another summary than the artifact's id")
@@ -273,9 +275,7 @@ def _hidden(
     for corpus in config.corpora:
         for arm in config.arms_of(corpus):
             encoders = [
-                own["encoder"]
-                for run, own in cards.items()
-                if (run.corpus, run.arm) == (corpus, arm) and "encoder" in own
+                own[ENCODER] for run, own in cards.items() if (run.corpus, run.arm) == (corpus, arm) and ENCODER in own
             ]
             if encoders:
                 columns = ("hidden_share", "hidden_inside_share", "hidden_outside_share")

@@ -76,9 +76,9 @@ class Forecast:
 
     def tried_with(self, images: int, of: int) -> Forecast:
         """The same, saying that a trial had fewer images a step than the run will have."""
-        few = f"{images} of {of} images a step were tried, as whole steps take long here"
+        few = f"of {of} images a step {images} were tried and multiplied, as whole steps take long here"
         how = {**self.how, "time": f"{self.how['time']}; {few}"}
-        return replace(self, how=how, warnings=[*self.warnings, f"memory: more than the trial's; {few}"])
+        return replace(self, how=how, warnings=[*self.warnings, f"memory: of the trial, whole steps need more; {few}"])
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON."""

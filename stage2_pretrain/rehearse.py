@@ -182,7 +182,7 @@ def _forecast(
         disk_bytes=disk,
         memory_bytes=peak_bytes() + cached + state // 3,
         how={
-            "time": f"{len(seconds)} steps tried on {config.device}: {duration(seconds[0])} for the first, "
+            "time": f"steps tried on {config.device}: {duration(seconds[0])} for the first, "
             f"{reading:.2f} s while images are read, {again:.2f} s after, x {steps - begun} steps to do",
             "disk": f"weights {size(weights)}, {states} resumable state{'s' * (states > 1)} of {size(state)}, "
             "witnesses and report",

@@ -119,7 +119,7 @@ def _try(ready: Ready, out: Path, standing: str, found: dict[str, str], warnings
         disk_bytes=disk,
         memory_bytes=peak_bytes() + cached + state // 3,
         how={
-            "time": f"{len(seconds)} steps tried on {config.device}: {duration(seconds[0])} for the first, "
+            "time": f"steps tried on {config.device}: {duration(seconds[0])} for the first, "
             f"{reading:.2f} s while images are read, {again:.2f} s after, x {steps - begun} steps to do; "
             f"then {sum(held.values())} images to score and {config.resamples} resamples",
             "disk": f"weights {size(weights)}, {states} resumable state{'s' * (states > 1)} of {size(state)}, report",

@@ -175,6 +175,8 @@ class Trials:
     def _import(self) -> None:
         command = self._command()
         command.start()
+        assert command.end(signal.SIGTERM) == 75, command.said.read_text()  # in the midst of its imports
+        command.start()
         assert command.end() == 0, command.said.read_text()
         self._finished(command)
         for module in command.imported.read_text().split():

@@ -16,7 +16,7 @@ import rfc8785
 import yaml
 
 from pipelines.audit import audit
-from pipelines.study import Children, RunFailedError, Step, _begin, _run_all, study_spec
+from pipelines.study import Children, RunFailedError, Step, _grown, _run_all, study_spec
 from pipelines.study_check import run_differences
 from pipelines.study_config import StudyConfig
 from pipelines.study_plan import plan, read_corpus, run_settings
@@ -110,7 +110,7 @@ def test_a_study_is_stopped_continued_published_and_audited(data: Path, tmp_path
     other = recipe(tmp_path, corpora=corpora, finetune={**RECIPE["finetune"], "lr": 0.01})
     refused = subprocess.run(command(other, data, out), cwd=ROOT, env=environment, capture_output=True, text=True)
     assert refused.returncode == 2
-    assert "full: not a run of this study: lr: '0.0003' there, '0.01' asked" in refused.stderr
+    assert "scratch: not a run of this study: full: lr: '0.0003' there, '0.01' asked" in refused.stderr
     assert_a_run_of_other_settings_is_found(out, validate(StudyConfig, {**RECIPE, "corpora": corpora}))
     more = {**RECIPE["arms"], "region": {"pretrain": {"policy": {"name": "region", "overall": 400}}}}
     wider = command(recipe(tmp_path, corpora=corpora, arms=more), data, out)
@@ -134,23 +134,48 @@ def assert_a_run_of_other_settings_is_found(out: Path, study: StudyConfig) -> No
     tried = 0
     for made, settings in run_settings(study, run, out).items():
         for key, wanted in config_spec(settings).items():
+            if made != "encoder" and key in ("backbone", "backbone_options", "channels"):
+                continue  # the encoder's
             spec = json.loads(json.dumps(cards[run][made].identity.spec))
             where = [spec, spec["mask"], spec["numeric"]] if made == "encoder" else [spec["config"]]
             name = "dtype" if (made, key) == ("encoder", "precision") else key
             section = next((part for part in where if name in part), spec)
-            section[name] = {"name": "another", "options": {}} if key == "policy" else "another"
-            left_open = key in ("impl", "subset") or (made == "encoder" and wanted == "auto")
+            section[name] = (
+                {"name": "another", "options": {}, "version": 1} if key in ("policy", "method") else "another"
+            )
+            left_open = key in ("impl", "subset") or wanted == "auto"
             assert bool(said(made, {"spec": spec})) != left_open, (made, key)
             tried += not left_open
     assert tried > 35
-    spec = json.loads(json.dumps(cards[run]["full"].identity.spec))
-    spec["config"]["options"]["mixup_milli"] = 200  # not given by the study: held against the other arms
-    assert said("full", {"spec": spec}) == ["settings: others than those of the runs that it is compared with"]
-    spec = {**cards[run]["full"].identity.spec, "labels": {"rows": 1, "sha256": ""}}
-    assert said("full", {"spec": spec}) == ["labels: others than those of the runs that it is compared with"]
-    assert said("full", {"inputs": ()})[0].startswith("encoder: None there")
+
+    def other(made: str, *path: str, value: object) -> list[str]:
+        spec = json.loads(json.dumps(cards[run][made].identity.spec))
+        place = spec
+        for key in path[:-1]:
+            place = place[key]
+        place[path[-1]] = value
+        return said(made, {"spec": spec})
+
+    # What the study leaves to its defaults, and what only other runs can tell.
+    assert other("encoder", "mask", "schedule", "first", value={"hide": 100})[0].startswith("encoder: schedule: ")
+    assert other("encoder", "method", "patch_px", value=4)[0].startswith("encoder: method: ")
+    assert other("encoder", "backbone_options", "drop_path_rate", value="0.3")[0].startswith("encoder: backbone_opt")
+    assert other("encoder", "mask", "seed", value=7)[0].startswith("encoder: seed of its masks: 7 there")
+    assert other("encoder", "rows", value=None)[0].startswith("encoder: rows: all of the store")
+    assert other("full", "config", "options", "mixup_milli", value=200)[0].startswith("full: options: ")
+    assert other("full", "weights", value={"source": "timm"}) == ["full: weights: of timm there, none asked"]
+    before = "discs/round-0/fold-0/scratch/full"
+    assert other("full", "labels", "sha256", value="0") == [f"full: labels: not what {before} has"]
+    assert other("full", "version", "task", value=9) == [f"full: versions: not what {before} has"]
+    assert said("full", {"inputs": ()})[0].startswith("full: encoder: None there")
     store = {("discs", "localized"): "0" * 64}
-    assert next(text for _, text in run_differences(study, cards, out, store)).startswith("region store: others")
+    told = next(text for _, text in run_differences(study, cards, out, store))
+    assert told == "encoder: region store: not what the store of this study has"
+    folds = {run.fold: own["full"] for run, own in cards.items() if run.arm == "scratch"}
+    swapped = {run: {**own, "full": folds[0]} if run.arm == "scratch" else own for run, own in cards.items()}
+    found = [text for _, text in run_differences(study, swapped, out)]
+    assert f"full: labels of a fold: the same as {before} has" in found
+    assert any(text.startswith("full: seed: 0 there, 1 asked") for text in found)
 
 
 def assert_a_forged_study_drifts(out: Path) -> None:
@@ -207,9 +232,17 @@ def test_a_folder_may_grow_and_its_folds_and_stores_may_not(data: Path, tmp_path
     found = {name: read_corpus(config(corpora=more), name, data) for name in more}
 
     def begin(study: StudyConfig) -> None:
-        _begin(tmp_path, study_spec(study, {name: found[name] for name in study.corpora}), study)
+        grown = _grown(tmp_path, study_spec(study, {name: found[name] for name in study.corpora}))
+        (tmp_path / "run/study.json").write_bytes(rfc8785.dumps(grown))
 
-    begin(config())
+    begin(config(corpora={"discs": {**discs, "regions": {"disc": "a typo"}}}))
+    begin(config())  # nothing was made of it
+    (tmp_path / "discs/regions").mkdir(parents=True)
+    (tmp_path / "discs/regions/artifact.json").touch()
+    begin(config(corpora=more))
+    made = tmp_path / "again/round-0/fold-0/scratch/full"
+    made.mkdir(parents=True)
+    (made / "artifact.json").touch()
     for study in (config(claims=[], resamples=500, jobs=1, rounds=2), config(corpora=more), config()):
         begin(study)
     words = {"discs": {**discs, "regions": {"disc": "another word"}}}
