@@ -109,9 +109,9 @@ def _efficiency(config: StudyConfig, summary: Summary) -> list[Section]:
 
 
 def _folds(found: Table, config: StudyConfig) -> str:
-    return (
-        f"{found.rounds} whole rounds" if found.rounds else f"{found.folds} of {config.folds} folds of the first round"
-    )
+    if found.rounds:
+        return f"{found.rounds} whole round{'s' * (found.rounds > 1)} of {config.folds} folds"
+    return f"{found.folds} of {config.folds} folds of the first round"
 
 
 def _sentences(summary: Summary) -> str:

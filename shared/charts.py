@@ -156,7 +156,10 @@ def forest_chart(rows: Sequence[Row]) -> str:
             told = f"<span><b>{100 * value:+.1f}</b> {100 * lower:+.1f} to {100 * upper:+.1f}</span>"
         name = f'<div class="name">{escape(label)}</div>'
         parts.append(f'{name}<div class="tracks">{track}</div><div class="values">{told}</div>')
-    axis = "".join(f'<span style="left:{25 * tick}%">{(tick - 2) * widest / 2:+g}</span>' for tick in range(5))
+    axis = "".join(
+        f'<span style="left:{25 * tick}%">{told}</span>'
+        for tick, told in ((0, f"{-widest:+g}"), (2, "0"), (4, f"{widest:+g}"))
+    )
     body = f'<div class="arms">{"".join(parts)}<div class="axis">{axis}</div></div>'
     return _plot(body, "Points; band: 95 % interval; dashed: no difference.", [])
 
