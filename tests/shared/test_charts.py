@@ -10,6 +10,7 @@ from shared.charts import (
     arms_chart,
     confusion_matrix,
     duration_bars,
+    forest_chart,
     histogram,
     interval_chart,
     line_chart,
@@ -117,3 +118,16 @@ def test_a_histogram_of_scores_has_no_percentages() -> None:
     assert "<title>0.1 to 0.15: 2</title>" in drawn
     assert "%" not in drawn
     assert "<title>10% to 15%: 2</title>" in histogram([0.1, 0.12], x_label="share")
+
+
+def test_differences_stand_at_their_places_around_none() -> None:
+    body = forest_chart([("a", 0.02, -0.04, 0.08), ("b", float("nan"), 0.0, 0.0)])
+    widest = float(re.findall(r'<span style="left:100%">\+([\d.]+)</span>', body)[0])
+    assert widest >= 8
+    assert re.findall(r'<span style="left:(\d+)%">([^<]*)</span>', body) == [
+        ("0", f"-{widest:g}"), ("50", "0"), ("100", f"+{widest:g}"),
+    ]  # fmt: skip
+    dots = re.findall(r'class="dot s2 round" style="left:([\d.]+)%', body)
+    assert [float(dot) for dot in dots] == pytest.approx([50 + 50 * 2 / widest], abs=0.1)
+    assert "undefined" in body
+    assert forest_chart([]) == NOTHING
