@@ -57,7 +57,7 @@ class Children:
     """Commands that are running; told to stop together."""
 
     out: Path
-    stopped: bool = False
+    stopping: threading.Event = field(default_factory=threading.Event)
     running: set[subprocess.Popen[str]] = field(default_factory=set)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -69,7 +69,7 @@ class Children:
             RunFailedError: It failed; with its own message.
         """
         with self.lock:
-            if self.stopped:
+            if self.stopping.is_set():
                 raise InterruptedRun("stopped before a run began")
             child = subprocess.Popen(
                 [sys.executable, "-m", "pipelines", *arguments, "-q", "--json"],
@@ -83,7 +83,9 @@ class Children:
         with self.lock:
             self.running.discard(child)
         # One told before it answers signals dies of this one, and has nothing to save.
-        if child.returncode == InterruptedRun.exit_code or (self.stopped and child.returncode == -signal.SIGTERM):
+        if child.returncode == InterruptedRun.exit_code or (
+            self.stopping.is_set() and child.returncode == -signal.SIGTERM
+        ):
             raise InterruptedRun("a run was interrupted; its state is saved")
         if child.returncode:
             lines = [line for line in told.splitlines() if line.startswith(("error", "hint"))]
@@ -95,7 +97,7 @@ class Children:
     def stop(self) -> None:
         """Tell every command to save its state and end, and let none begin."""
         with self.lock:
-            self.stopped = True
+            self.stopping.set()
             for child in self.running:
                 child.send_signal(signal.SIGTERM)
 

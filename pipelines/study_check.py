@@ -60,14 +60,14 @@ def run_differences(
                     yield folder, f"{made}: {key}: {told.get(key)!r} there, {value!r} asked"
             yield from ((folder, f"{made}: {text}") for text in _start(made, card, own))
             place = f"{folder.relative_to(out)}/{made}"
-            for key, value in _shared(config, run, made, card).items():
-                first = alike.setdefault(key, (value, place))
+            for name, value in _shared(config, run, made, card).items():
+                first = alike.setdefault(name, (value, place))
                 if first[0] != value:
-                    yield folder, f"{made}: {key[0]}: not what {first[1]} has"
-            for key, value in _own(config, run, made, card).items():
-                first = unlike.setdefault(key, (value, place))
+                    yield folder, f"{made}: {name[0]}: not what {first[1]} has"
+            for name, value in _own(config, run, made, card).items():
+                first = unlike.setdefault(name, (value, place))
                 if first[0] != value:
-                    yield folder, f"{made}: {key[0]}: the same as {first[1]} has"
+                    yield folder, f"{made}: {name[0]}: the same as {first[1]} has"
 
 
 def _asked(settings: PretrainConfig | FinetuneConfig) -> dict[str, Any]:

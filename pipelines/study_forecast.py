@@ -15,6 +15,8 @@ from shared.artifact import CARD
 from shared.forecast import Forecast, refuse_unusable
 from shared.pseudonyms import unsalted
 from shared.runlog import duration
+from stage2_pretrain.config import PretrainConfig
+from stage3_finetune.config import FinetuneConfig
 
 
 @unsalted()
@@ -111,6 +113,7 @@ def _pretrain(config: StudyConfig, run: Run, corpus: Corpus, store: Any, count: 
     from stage2_pretrain.rehearse import rehearse
 
     settings = run_settings(config, run, folder)[ENCODER]
+    assert isinstance(settings, PretrainConfig)
     if count is not None:  # a stand-in holds a few samples only
         settings = settings.model_copy(update={"subset": None})
     found, _ = rehearse(settings, images=corpus.images, store=store, out=folder / "none", count=count)
@@ -121,6 +124,7 @@ def _finetune(config: StudyConfig, run: Run, endpoint: str, corpus: Corpus, fold
     from stage3_finetune.rehearse import rehearse
 
     settings = run_settings(config, run, folder)[endpoint].model_copy(update=architecture(config))
+    assert isinstance(settings, FinetuneConfig)
     labels = folder / "labels.csv"
     found, _ = rehearse(settings, images=corpus.images, labels=labels, encoder=None, out=folder / "none", planned=True)
     warnings = [line for line in found.warnings if "have no row" not in line]

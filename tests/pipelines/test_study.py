@@ -301,11 +301,11 @@ def test_one_corpus_after_another_is_run(tmp_path: Path) -> None:
     _run_all({runs[0]: [Step(done, ("done",))]}, children, 1, lambda: folds.append(0))
     for number, run in enumerate(runs):
         _run_all({run: [Step(tmp_path / "never", (str(number),))]}, children, 1, lambda: folds.append(1))
-        assert not children.stopped
+        assert not children.stopping.is_set()
     assert (ran, folds) == (["0", "1"], [1, 1])
     with pytest.raises(RunFailedError, match="it failed"):
         _run_all({runs[0]: [Step(tmp_path / "never", ("fails",))]}, children, 1, lambda: None)
-    assert children.stopped
+    assert children.stopping.is_set()
 
 
 @pytest.mark.parametrize(
