@@ -56,7 +56,6 @@ class RunFailedError(MwmError):
 class Children:
     """Commands that are running; told to stop together."""
 
-    out: Path
     stopping: threading.Event = field(default_factory=threading.Event)
     running: set[subprocess.Popen[str]] = field(default_factory=set)
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -150,7 +149,7 @@ def run_study(config: StudyConfig, *, out: Path, images: Path, fresh: bool = Fal
         _refuse_others(config, out, paths)
         write_atomic(out / _SPEC, rfc8785.dumps(spec))
         write_atomic(out / "run/study.yaml", scrub(dump_yaml(config)).encode())
-        children = Children(out)
+        children = Children()
         for corpus in corpora.values():
             for round_ in range(config.rounds):
                 for fold in range(config.folds):
@@ -167,7 +166,7 @@ def run_study(config: StudyConfig, *, out: Path, images: Path, fresh: bool = Fal
                 if not step.done:
                     _say(f"{name}: localize {len(corpora[name].sources)} images into {step.out.name}")
                     _stoppable(children, step)
-            _refuse_others(config, out, paths)  # runs that are there may have been made of another store
+                    _refuse_others(config, out, paths)  # runs that are there may be of another store than this
             own = {run: steps[run] for run in runs}
             _run_all(own, children, config.jobs, lambda: publish_study(config, out, command))
         return publish_study(config, out, command)

@@ -60,11 +60,11 @@ def run_differences(
                     yield folder, f"{made}: {key}: {told.get(key)!r} there, {value!r} asked"
             yield from ((folder, f"{made}: {text}") for text in _start(made, card, own))
             place = f"{folder.relative_to(out)}/{made}"
-            for name, value in _shared(config, run, made, card).items():
+            for name, value in _must_agree(config, run, made, card).items():
                 first = alike.setdefault(name, (value, place))
                 if first[0] != value:
                     yield folder, f"{made}: {name[0]}: not what {first[1]} has"
-            for name, value in _own(config, run, made, card).items():
+            for name, value in _must_differ(config, run, made, card).items():
                 first = unlike.setdefault(name, (value, place))
                 if first[0] != value:
                     yield folder, f"{made}: {name[0]}: the same as {first[1]} has"
@@ -110,7 +110,7 @@ def _start(made: str, card: Card, own: Mapping[str, Card]) -> Iterator[str]:
         yield "weights: of timm there, none asked"
 
 
-def _shared(config: StudyConfig, run: Run, made: str, card: Card) -> dict[tuple[Any, ...], Any]:
+def _must_agree(config: StudyConfig, run: Run, made: str, card: Card) -> dict[tuple[Any, ...], Any]:
     """What runs that are compared have in common, by a name and the runs that share it."""
     spec, outputs, fold = card.identity.spec, card.identity.outputs, (run.corpus, run.round, run.fold)
     if made != ENCODER:
@@ -131,7 +131,7 @@ def _shared(config: StudyConfig, run: Run, made: str, card: Card) -> dict[tuple[
     }
 
 
-def _own(config: StudyConfig, run: Run, made: str, card: Card) -> dict[tuple[Any, ...], Any]:
+def _must_differ(config: StudyConfig, run: Run, made: str, card: Card) -> dict[tuple[Any, ...], Any]:
     """What no other fold, or kind of store, may have: a name and a value, and whose it is."""
     spec = card.identity.spec
     if made != ENCODER:

@@ -108,6 +108,11 @@ class StudyConfig(Strict):
                     for c in own
                     if c in self.corpora and self.corpora[c].outlines is None
                 ]
+        problems += [
+            f"corpora.{name}.endpoints: '{ENCODER}' is the folder of encoders; name it otherwise"
+            for name, corpus in self.corpora.items()
+            if ENCODER in corpus.endpoints
+        ]
         problems += [f"pairs: no arm '{arm}'" for arm in sorted({*sum(self.pairs or (), ())}) if arm not in self.arms]
         for number, claim in enumerate(self.claims):
             known: dict[str, dict[str, Any]] = {"corpus": {**self.corpora}, "arm": {**self.arms}, "than": {**self.arms}}

@@ -34,7 +34,7 @@ class Corpus:
         sources: Images, by id.
         targets: The labels as the task reads them.
         labels: Where the labels are.
-        outlines_sha256: Of the file of outlines; null without one.
+        outlines_sha256: Of the file of outlines; None without one.
         column: Name of the column that holds the label.
         cells: What stands in that column, by id.
     """

@@ -150,8 +150,11 @@ def run_cards(config: StudyConfig, run: Run, out: Path) -> dict[str, Card]:
     """Cards of a run that are published, by ``encoder`` and endpoint."""
     folder = run.folder(out)
     wanted = config.made(run.corpus, run.arm)
-    kinds = {made: ENCODER if made == ENCODER else "model" for made in wanted}
-    return {made: read_card(folder / made, kind) for made, kind in kinds.items() if (folder / made / CARD).is_file()}
+    return {
+        made: read_card(folder / made, ENCODER if made == ENCODER else "model")
+        for made in wanted
+        if (folder / made / CARD).is_file()
+    }
 
 
 def recompute(folder: Path, card: Card) -> list[str]:
@@ -187,10 +190,10 @@ def recompute(folder: Path, card: Card) -> list[str]:
     again = _thousandths(summarise(config, cards, out).as_dict())
     said = _thousandths(told) if isinstance(told, dict) else {}
     try:
-        found_others = list(run_differences(config, cards, out))
+        others = list(run_differences(config, cards, out))
     except (AttributeError, KeyError, TypeError, ValueError, ConfigError) as error:
         raise CorruptError(f"settings of the study, or on a run's card, cannot be read: {error}") from None
-    differing = [f"not a run of this study: {path.relative_to(out)}: {said}" for path, said in found_others]
+    differing = [f"not a run of this study: {path.relative_to(out)}: {why}" for path, why in others]
     differing += [f"{key}: not what its runs say" for key in {**again, **said} if said.get(key, key) != again.get(key)]
     if digest(again) != card.identity.outputs["summary_sha256"]:
         differing.append("summary_sha256: another summary than the artifact's id")

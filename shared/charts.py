@@ -157,8 +157,8 @@ def forest_chart(rows: Sequence[Row]) -> str:
         name = f'<div class="name">{escape(label)}</div>'
         parts.append(f'{name}<div class="tracks">{track}</div><div class="values">{told}</div>')
     axis = "".join(
-        f'<span style="left:{25 * tick}%">{told}</span>'
-        for tick, told in ((0, f"{-widest:+g}"), (2, "0"), (4, f"{widest:+g}"))
+        f'<span style="left:{percent}%">{told}</span>'
+        for percent, told in ((0, f"{-widest:+g}"), (50, "0"), (100, f"{widest:+g}"))
     )
     body = f'<div class="arms">{"".join(parts)}<div class="axis">{axis}</div></div>'
     return _plot(body, "Points; band: 95 % interval; dashed: no difference.", [])

@@ -75,7 +75,9 @@ class Forecast:
         return found
 
     def tried_with(self, images: int, of: int) -> Forecast:
-        """The same, saying that a trial had fewer images a step than the run will have."""
+        """The same, which says so where a trial had fewer images a step than the run will have."""
+        if images == of:
+            return self
         few = f"of {of} images a step {images} were tried and multiplied, as whole steps take long here"
         how = {**self.how, "time": f"{self.how['time']}; {few}"}
         return replace(self, how=how, warnings=[*self.warnings, f"memory: of the trial, whole steps need more; {few}"])

@@ -243,6 +243,9 @@ def rehearse_briefly(
 
     Returns:
         Seconds of whole steps, warming up in the first; images a step that were tried.
+
+    Raises:
+        NonFiniteError: Loss or gradient not finite.
     """
     warming = 0.0
     if few < size:

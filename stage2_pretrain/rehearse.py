@@ -102,7 +102,7 @@ def rehearse(
     finally:
         torch.set_num_threads(before)
     forecast = _forecast(run, out, standing, found, seconds, samples, per_epoch, begun, strips)
-    return (forecast if tried == batch else forecast.tried_with(tried, batch)), config
+    return forecast.tried_with(tried, batch), config
 
 
 def _strips_bytes(run: Run, step: Step) -> int:

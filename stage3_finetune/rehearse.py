@@ -128,7 +128,7 @@ def _try(ready: Ready, out: Path, standing: str, found: dict[str, str], warnings
         },
         warnings=warnings,
     )
-    return forecast if tried == batch else forecast.tried_with(tried, batch)
+    return forecast.tried_with(tried, batch)
 
 
 def _batches(part: Part | FeaturePart, batch: int) -> Iterator[tuple[Batch, tuple[str, ...]]]:

@@ -1,7 +1,7 @@
 """Ends commands of `mwm` at moments it chooses, continues them, and tells where each one was ended.
 
-Run as a program it is a fork server: after the first, uninterrupted command it imports what that had imported, and
-starts no thread, so a command costs a fork and no import. The commands are real processes that run
+Run as a program it is a fork server: it imports what a first command had imported when it was done, and starts no
+thread, so a command costs a fork and no import. The commands are real processes that run
 `pipelines.cli.main`, and die of real signals.
 """
 

@@ -17,17 +17,15 @@ import yaml
 
 from pipelines.audit import audit
 from pipelines.study import Children, RunFailedError, Step, _grown, _run_all, study_spec
-from pipelines.study_check import run_differences
 from pipelines.study_config import StudyConfig
-from pipelines.study_plan import plan, read_corpus, run_settings
+from pipelines.study_plan import plan, read_corpus
 from pipelines.study_report import study_page
 from pipelines.study_stats import Compared
-from pipelines.study_summary import Summary, Table, config_told, recompute, run_cards, told_spec
+from pipelines.study_summary import Summary, Table, config_told, recompute, told_spec
 from shared.artifact import read_card
-from shared.config import spec as config_spec
-from shared.config import validate
 from shared.errors import ConfigError, IncompatibleError, InterruptedRun, SpecMismatchError
 from stage3_finetune.predictions import ClassPredictions
+from tests.pipelines import forging
 from tests.pipelines.studies import GROUPS, RECIPE, config, write_discs
 from tests.pipelines.test_audit import reseal
 
@@ -111,71 +109,15 @@ def test_a_study_is_stopped_continued_published_and_audited(data: Path, tmp_path
     refused = subprocess.run(command(other, data, out), cwd=ROOT, env=environment, capture_output=True, text=True)
     assert refused.returncode == 2
     assert "scratch: not a run of this study: full: lr: '0.0003' there, '0.01' asked" in refused.stderr
-    assert_a_run_of_other_settings_is_found(out, validate(StudyConfig, {**RECIPE, "corpora": corpora}))
+    asked = {**RECIPE, "corpora": corpora}
+    forging.assert_a_run_of_other_settings_is_found(out, asked)
+    forging.assert_encoders_are_compared_with_each_other(out, asked)
+    forging.assert_what_a_stage_decides_is_its_right(out, asked)
     more = {**RECIPE["arms"], "region": {"pretrain": {"policy": {"name": "region", "overall": 400}}}}
     wider = command(recipe(tmp_path, corpora=corpora, arms=more), data, out)
     subprocess.run(wider, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     assert read_card(out / "study", "study").identity.outputs["runs"] == 6
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items() if "/study/" not in str(path))
-
-
-def assert_a_run_of_other_settings_is_found(out: Path, study: StudyConfig) -> None:
-    """Every setting that a study gives, another on one card; other labels, options, store or encoder too."""
-    cards = {run: run_cards(study, run, out) for run in plan(study)}
-    assert list(run_differences(study, cards, out)) == []
-    run = next(run for run in cards if run.arm == "uniform")
-
-    def said(made: str, change: dict[str, object]) -> list[str]:
-        card = cards[run][made]
-        identity = card.identity.model_copy(update=change)
-        forged = {**cards, run: {**cards[run], made: card.model_copy(update={"identity": identity})}}
-        return [text for _, text in run_differences(study, forged, out)]
-
-    tried = 0
-    for made, settings in run_settings(study, run, out).items():
-        for key, wanted in config_spec(settings).items():
-            if made != "encoder" and key in ("backbone", "backbone_options", "channels"):
-                continue  # the encoder's
-            spec = json.loads(json.dumps(cards[run][made].identity.spec))
-            where = [spec, spec["mask"], spec["numeric"]] if made == "encoder" else [spec["config"]]
-            name = "dtype" if (made, key) == ("encoder", "precision") else key
-            section = next((part for part in where if name in part), spec)
-            section[name] = (
-                {"name": "another", "options": {}, "version": 1} if key in ("policy", "method") else "another"
-            )
-            left_open = key in ("impl", "subset") or wanted == "auto"
-            assert bool(said(made, {"spec": spec})) != left_open, (made, key)
-            tried += not left_open
-    assert tried > 35
-
-    def other(made: str, *path: str, value: object) -> list[str]:
-        spec = json.loads(json.dumps(cards[run][made].identity.spec))
-        place = spec
-        for key in path[:-1]:
-            place = place[key]
-        place[path[-1]] = value
-        return said(made, {"spec": spec})
-
-    # What the study leaves to its defaults, and what only other runs can tell.
-    assert other("encoder", "mask", "schedule", "first", value={"hide": 100})[0].startswith("encoder: schedule: ")
-    assert other("encoder", "method", "patch_px", value=4)[0].startswith("encoder: method: ")
-    assert other("encoder", "backbone_options", "drop_path_rate", value="0.3")[0].startswith("encoder: backbone_opt")
-    assert other("encoder", "mask", "seed", value=7)[0].startswith("encoder: seed of its masks: 7 there")
-    assert other("encoder", "rows", value=None)[0].startswith("encoder: rows: all of the store")
-    assert other("full", "config", "options", "mixup_milli", value=200)[0].startswith("full: options: ")
-    assert other("full", "weights", value={"source": "timm"}) == ["full: weights: of timm there, none asked"]
-    before = "discs/round-0/fold-0/scratch/full"
-    assert other("full", "labels", "sha256", value="0") == [f"full: labels: not what {before} has"]
-    assert other("full", "version", "task", value=9) == [f"full: versions: not what {before} has"]
-    assert said("full", {"inputs": ()})[0].startswith("full: encoder: None there")
-    store = {("discs", "localized"): "0" * 64}
-    told = next(text for _, text in run_differences(study, cards, out, store))
-    assert told == "encoder: region store: not what the store of this study has"
-    folds = {run.fold: own["full"] for run, own in cards.items() if run.arm == "scratch"}
-    swapped = {run: {**own, "full": folds[0]} if run.arm == "scratch" else own for run, own in cards.items()}
-    found = [text for _, text in run_differences(study, swapped, out)]
-    assert f"full: labels of a fold: the same as {before} has" in found
-    assert any(text.startswith("full: seed: 0 there, 1 asked") for text in found)
 
 
 def assert_a_forged_study_drifts(out: Path) -> None:
@@ -267,9 +209,9 @@ def test_a_card_keeps_the_order_of_arms_and_endpoints() -> None:
         assert list(told.corpora["discs"].endpoints) == ["full", "probe"]
 
 
-def test_a_command_stopped_before_it_answers_signals_is_interrupted(tmp_path: Path) -> None:
+def test_a_command_stopped_before_it_answers_signals_is_interrupted() -> None:
     for stop, error in ((Children.stop, InterruptedRun), (kill_each, RunFailedError)):
-        children = Children(tmp_path)
+        children = Children()
         with ThreadPoolExecutor(1) as pool:
             running = pool.submit(children.run, ["doctor"])
             while not children.running:
@@ -294,7 +236,7 @@ def test_one_corpus_after_another_is_run(tmp_path: Path) -> None:
                 raise RunFailedError("it failed")
             ran.append(arguments[0])
 
-    children, runs, folds = Recorded(tmp_path), plan(config())[:2], []
+    children, runs, folds = Recorded(), plan(config())[:2], []
     done = tmp_path / "done"
     done.mkdir()
     (done / "artifact.json").touch()
@@ -316,6 +258,10 @@ def test_one_corpus_after_another_is_run(tmp_path: Path) -> None:
         ({"claims": [{**RECIPE["claims"][0], "arm": "none"}]}, "no arm 'none'"),
         ({"claims": [{**RECIPE["claims"][0], "endpoint": "none"}]}, "has no 'none'"),
         ({"folds": 1}, "folds"),
+        (
+            {"corpora": {"discs": {**RECIPE["corpora"]["discs"], "endpoints": {"encoder": {}}}}, "claims": []},
+            "'encoder' is",
+        ),
         ({"pairs": [["uniform", "none"]]}, "pairs: no arm 'none'"),
     ],
 )
