@@ -23,7 +23,7 @@ from pipelines.study_report import study_page
 from pipelines.study_stats import Compared
 from pipelines.study_summary import Summary, Table, config_told, recompute, told_spec
 from shared.artifact import read_card
-from shared.errors import ConfigError, IncompatibleError, InterruptedRun, SpecMismatchError
+from shared.errors import ConfigError, CorruptError, IncompatibleError, InterruptedRun, SpecMismatchError
 from stage3_finetune.predictions import ClassPredictions
 from tests.pipelines import forging
 from tests.pipelines.studies import GROUPS, RECIPE, config, write_discs
@@ -136,7 +136,15 @@ def assert_a_forged_study_drifts(out: Path) -> None:
         path.write_bytes(data)
     reseal(folder, lambda body: body["provenance"]["metrics"].update(claims={"pretraining helps": "holds: +9 points"}))
     assert recompute(folder, read_card(folder)) == ["claims on the card: not what its runs say"]
-    kept[folder / "artifact.json"] = (folder / "artifact.json").read_bytes()
+    sealed = kept[folder / "artifact.json"] = (folder / "artifact.json").read_bytes()
+    reseal(folder, lambda body: body["identity"]["spec"]["config"]["finetune"].update(lr="0.01"), own_id=True)
+    trained = "not a run of this study: discs/round-0/fold-0/scratch: full: lr: '0.0003' there, '0.01' asked"
+    assert trained in recompute(folder, read_card(folder))
+    nothing = {"pretrain": {"nothing": 1}}
+    reseal(folder, lambda body: body["identity"]["spec"]["config"]["arms"]["uniform"].update(nothing), own_id=True)
+    with pytest.raises(CorruptError, match="settings of the study"):
+        recompute(folder, read_card(folder))
+    (folder / "artifact.json").write_bytes(sealed)
     moved = out / "aside"
     (out / "discs").rename(moved)
     with pytest.raises(IncompatibleError, match="runs are not beside it"):
