@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -203,6 +204,15 @@ def test_a_folder_may_grow_and_its_folds_and_stores_may_not(data: Path, tmp_path
     ):
         with pytest.raises(SpecMismatchError, match=said):
             begin(study)
+    own = found["discs"]
+    for corpus, said in (
+        (replace(own, outlines_sha256="0" * 64), r"spec\.corpora\.discs\.outlines"),
+        (replace(own, examples=own.examples[1:]), r"spec\.corpora\.discs\.labels"),
+    ):
+        with pytest.raises(SpecMismatchError, match=said):
+            _grown(tmp_path, study_spec(config(), {"discs": corpus}))
+    given = config(corpora={"discs": {**discs, "store": "elsewhere"}})
+    assert study_spec(given, {"discs": own})["corpora"]["discs"]["localize"] is None
 
 
 def test_a_card_keeps_the_order_of_arms_and_endpoints() -> None:

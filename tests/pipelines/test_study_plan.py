@@ -39,6 +39,10 @@ def test_a_probe_means_nothing_from_scratch(tmp_path: Path) -> None:
     assert list(found) == ["encoder", "full", "probe"]
     assert (found["probe"].freeze, found["encoder"].seed, found["full"].seed) == (True, 0, 0)
     assert run_settings(config(), scratch, tmp_path)["full"].backbone == found["encoder"].backbone
+    later = next(run for run in plan(config()) if (run.fold, run.arm) == (1, "uniform"))
+    found = run_settings(config(), later, tmp_path)
+    assert {settings.seed for settings in found.values()} == {1}
+    assert found["encoder"].subset == str((tmp_path / "train.csv").resolve())
 
 
 def test_whole_folds_come_first() -> None:

@@ -303,7 +303,9 @@ def test_a_trial_of_slow_steps_has_few_images_and_says_so(monkeypatch):
     multiplied, tried = loop.rehearse_briefly(net, batches, step, PLAN, 3, 64)
     assert (sizes, tried) == ([4, 4], 4)
     assert multiplied[1] == multiplied[2] >= 0.002 * 64 / 4
-    assert loop.rehearse_briefly(net, batches, step, PLAN, 3, 4)[1] == 4  # nothing smaller to try
+    sizes.clear()
+    assert loop.rehearse_briefly(net, batches, step, PLAN, 3, 4)[1] == 4
+    assert sizes == [4, 4, 4]  # there is nothing smaller to try
 
 
 def test_states_of_another_module_are_refused(tmp_path):
