@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import yaml
 
+from shared import loop
 from shared.artifact import CARD
 from shared.lease import Lease
 from tests.pipelines.conftest import Chain
@@ -63,6 +64,27 @@ def test_nothing_is_written_and_the_figures_are_those_of_the_run(
         actual = folder_bytes(finished.out / made.get(step, step))
         assert forecast["disk_bytes"] == pytest.approx(actual, rel=0.2), (step, actual)
     assert list(told["forecast"]) == (["localize", "pretrain", "finetuned", "scratch"] if name == "run" else [name])
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "tried"),
+    [
+        ("pretrain", ["batch_size=12", "accumulate=2"], "of 12 images a step 8 were tried"),
+        ("finetune", ["batch_size=8"], "of 8 images a step 4 were tried"),
+    ],
+)
+def test_slow_steps_are_tried_with_few_images_and_it_says_so(
+    finished: Chain, mwm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, settings: list[str], tried: str
+) -> None:
+    asked = [*commands(finished, tmp_path / "x")[name], *(word for entry in settings for word in ("--set", entry))]
+    code, _, err = mwm(*asked, "--dry-run")
+    assert (code, "were tried" in err) == (0, False), err
+    monkeypatch.setattr(loop, "_PATIENCE_S", 0.0)
+    code, _, err = mwm(*asked, "--dry-run")
+    assert code == 0, err
+    lines = [line for line in err.splitlines() if tried in line]
+    assert [line.partition(":")[0] for line in lines] == ["time", "warning"]
+    assert "memory: of the trial, whole steps need more" in lines[1]
 
 
 def test_a_look_at_dicom_makes_no_salt(finished: Chain, mwm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
