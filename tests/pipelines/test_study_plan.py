@@ -42,7 +42,7 @@ def test_a_probe_means_nothing_from_scratch(tmp_path: Path) -> None:
     later = next(run for run in plan(config()) if (run.fold, run.arm) == (1, "uniform"))
     found = run_settings(config(), later, tmp_path)
     assert {settings.seed for settings in found.values()} == {1}
-    assert found["encoder"].subset == str((tmp_path / "train.csv").resolve())
+    assert found["encoder"].subset == (tmp_path / "train.csv").resolve()
 
 
 def test_whole_folds_come_first() -> None:
