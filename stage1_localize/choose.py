@@ -190,12 +190,16 @@ def choose(tries: Tries) -> int:
     return int(np.argmax(values))
 
 
+def without(fold: int, tries: Tries) -> Tries:
+    """Tries of the other folds; all, if none is of another."""
+    return [row for row in tries if row[0].fold != fold] or tries
+
+
 def honest_scores(tries: Tries, seed: int = 0) -> dict[str, Any]:
     """Scores with 95 % intervals by group, every fold answered by what `choose` takes without it."""
     tally = Tally()
     for fold in sorted({row[0].fold for row in tries}):
-        others = [row for row in tries if row[0].fold != fold]
-        best = choose(others or tries)
+        best = choose(without(fold, tries))
         for one in (row[best] for row in tries if row[0].fold == fold):
             _count(tally, one)
     scores = summarise(tally, seed)

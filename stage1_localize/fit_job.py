@@ -21,13 +21,13 @@ from shared.lease import Lease
 from shared.runlog import RunLog, scrub
 from shared.signals import Signals
 from shared.workspace import begin, set_aside
-from stage1_localize.choose import choose, honest_scores
+from stage1_localize.choose import choose, honest_scores, without
 from stage1_localize.fit_config import FitGrounderConfig
 from stage1_localize.fit_plan import Plan, open_images, plan
 from stage1_localize.fit_pool import run_tasks
 from stage1_localize.fit_report import write_report
 from stage1_localize.fit_tasks import EMBEDDINGS, FITS, embed, fit, read_fit, tried_of
-from stage1_localize.grounders.lite_card import KIND, Card, Concept, Head, build_head, write_head
+from stage1_localize.grounders.lite_card import KIND, Card, Concept, build_head, write_folds, write_head
 
 QUARANTINE = "quarantine.jsonl"
 EMBEDDING_BYTES = 2_097_280
@@ -124,11 +124,11 @@ class _Run:
         plan, tasks = self.plan, self.plan.tasks(self.out, self.usable)
         subject = plan.subject(self.out)
         tries: dict[str, list[Any]] = {name: [] for name in plan.wordings}
-        heads = {}
+        states = {}
         for task in tasks[:-1]:
             found = read_fit(task)
             assert found is not None
-            heads[task.fold] = found[0]
+            states[task.fold] = found[0]
             for name, rows in found[1].items():
                 tries[name] += rows
         kept = read_fit(tasks[-1])
@@ -137,7 +137,12 @@ class _Run:
         concepts = {name: tried[name][choose(rows)] for name, rows in tries.items()}
         scores = {name: honest_scores(rows) for name, rows in tries.items()}
         card = self._card(concepts, scores)
-        digests = write_head(self.out, card, kept[0])
+        folds = {}
+        for number, weights in states.items():
+            others = {name: tried[name][choose(without(number, rows))] for name, rows in tries.items()}
+            folds[number] = (card.model_copy(update={"concepts": others, "scores": {}}), weights)
+        held_out = {item.source.sample_id: task.fold for task in tasks[:-1] for item in task.held_out}
+        digests = write_head(self.out, card, kept[0]) | write_folds(self.out, folds, held_out)
         lines = [
             {"sample_id": name, "reason": error.reason, "stage": "read", "message": str(error)}
             for name, error in sorted(self.failed.items())
@@ -146,7 +151,7 @@ class _Run:
         write_report(
             self.out,
             card,
-            {fold: Head(card, build_head(state)) for fold, state in heads.items()},
+            {fold: build_head(state) for fold, state in states.items()},
             tasks[:-1],
             quarantined=Counter(error.reason for error in self.failed.values()),
             warnings=self.log.warnings,

@@ -13,7 +13,8 @@ from shared.report import Example, Section, gallery, page, table
 from stage1_localize.choose import Trier
 from stage1_localize.contracts import MAP_SIZE_PX
 from stage1_localize.fit_tasks import FitTask, as_picture, batch_of
-from stage1_localize.grounders.lite_card import Card, Head
+from stage1_localize.grounders.lite_card import Card
+from stage1_localize.grounders.lite_head import LiteHead
 from stage1_localize.pictures import Picture, truth_map
 from stage1_localize.segmenters.lite_medsam import LiteMedSam
 
@@ -25,7 +26,7 @@ _SCORES = (("dice", "Dice"), ("precision", "box precision"), ("recall", "box rec
 def write_report(
     out: Path,
     card: Card,
-    heads: Mapping[int, Head],
+    heads: Mapping[int, LiteHead],
     tasks: Sequence[FitTask],
     *,
     quarantined: Mapping[str, int],
@@ -48,7 +49,7 @@ def write_report(
     )
     places = np.linspace(0, len(held_out) - 1, min(PICTURES_MAX, len(held_out))).round().astype(int)
     segmenter = LiteMedSam(LiteMedSam.Options())
-    triers = {fold: Trier(head.network, segmenter) for fold, head in heads.items()}
+    triers = {fold: Trier(head, segmenter) for fold, head in heads.items()}
     examples = []
     for item, task in (held_out[place] for place in places):
         stop()

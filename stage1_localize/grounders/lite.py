@@ -20,17 +20,17 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float32
-from pydantic import Field
+from pydantic import Field, model_validator
 from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional as F
 
 from shared.artifact import Input
 from shared.config import Strict, runtime
-from shared.errors import PromptError
+from shared.errors import PromptError, UsageError
 from stage1_localize.boxes import overlaps
 from stage1_localize.contracts import Batch, Detections, Region
-from stage1_localize.grounders.lite_card import Concept, Head, load_packaged, open_head
+from stage1_localize.grounders.lite_card import Concept, Head, load_packaged, open_folds, open_head
 from stage1_localize.grounders.lite_head import CELLS, Answer, Features
 from stage1_localize.grounders.lite_text import MODEL_SHA256, Vocabulary, encode_text
 from stage1_localize.segmenters.lite_medsam import INPUT_SIZE_PX, Encoded, encode, encoder_key, letterbox, to_map_frame
@@ -50,7 +50,7 @@ class _Asked:
     region: int
     text: int
     known: str
-    concept: Concept
+    concept: str
 
 
 class Lite:
@@ -67,6 +67,17 @@ class Lite:
         head: str | None = runtime(
             None, "Head artifact of mwm fit-grounder, PATH or PATH@sha256:... to pin it; none: the packaged head."
         )
+        cross_fitted: bool = runtime(
+            False,
+            "Localise the images that the head was fitted on: each is answered by the head of the fold that never saw "
+            "its group. Other images are refused.",
+        )
+
+        @model_validator(mode="after")
+        def _of_a_head(self) -> Lite.Options:
+            if self.cross_fitted and self.head is None:
+                raise ValueError("cross_fitted: expected a 'head' of mwm fit-grounder beside it")
+            return self
 
         def pinned(self) -> Lite.Options:
             """With the head's digest spelled out, as ``resolved.yaml`` keeps it."""
@@ -93,11 +104,12 @@ class Lite:
         """
         self._engine: Engine = options.engine
         head = head or (load_packaged() if options.head is None else open_head(options.head))
-        self._card, self._head, self._origin = head.card, head.network, head.origin
+        self._whole, self._card, self._origin = head, head.card, head.origin
         self._vocabulary = Vocabulary(
             {name: concept.wordings for name, concept in self._card.concepts.items()}, self._card.foreign
         )
         self._vectors: dict[str, Tensor] = {}
+        self._folds: dict[str, Head] | None = open_folds(str(options.head)) if options.cross_fitted else None
 
     def check(self, regions: Sequence[Region]) -> None:
         """Accept wordings that are known, or near a known one.
@@ -109,7 +121,9 @@ class Lite:
 
     def needs_segmenter(self, regions: Sequence[Region]) -> bool:
         """Whether any of these regions comes without pixels."""
-        return any(asked.concept.route != "mask" for asked in self._resolve(regions))
+        heads = (self._whole,) if self._folds is None else self._folds.values()
+        asked = self._resolve(regions)
+        return any(head.card.concepts[one.concept].route != "mask" for head in heads for one in asked)
 
     def identity(self) -> dict[str, Any]:
         """Digests of head, text model and encoder; thresholds are in the card, which the digest covers."""
@@ -118,6 +132,7 @@ class Lite:
             "card_sha256": self._card.rules_sha256,
             "text_sha256": MODEL_SHA256,
             "encoder": dict(identity_of(self._engine)),
+            **({} if self._folds is None else {"cross_fitted": True}),
         }
 
     def inputs(self) -> list[Input]:
@@ -135,30 +150,44 @@ class Lite:
 
         Raises:
             PromptError: A wording outside the vocabulary.
+            UsageError: Cross-fitted, an image that the head was not fitted on.
         """
         resolved = self._resolve(regions)
-        key = f"lite {self._card.weights_sha256} {encoder_key(self._engine)}"
-        features = batch.memo(key, lambda: self._look(batch))
+        heads = self._heads(batch)
+        key = f"lite {self._card.weights_sha256} {self._folds is not None} {encoder_key(self._engine)}"
+        features = batch.memo(key, lambda: self._look(batch, heads))
         return [
-            Detections.none() if seen is None else self._locate(seen, encoded, resolved)
-            for seen, encoded in zip(features, encode(batch, load_model(self._engine)), strict=True)
+            Detections.none() if seen is None else self._locate(head, seen, encoded, resolved)
+            for head, seen, encoded in zip(heads, features, encode(batch, load_model(self._engine)), strict=True)
         ]
 
-    def _look(self, batch: Batch) -> list[Features | None]:
+    def _heads(self, batch: Batch) -> list[Head]:
+        """Who answers each image."""
+        if self._folds is None:
+            return [self._whole] * len(batch)
+        if unknown := sorted({name for name in batch.sample_ids if name} - self._folds.keys()):
+            raise UsageError(
+                f"grounder 'lite', cross_fitted: the head was not fitted on {unknown[0]}",
+                hint="leave cross_fitted out for images that the head has never seen, or list the head's own images",
+            )
+        return [self._folds.get(name, self._whole) for name in batch.sample_ids]
+
+    def _look(self, batch: Batch, heads: Sequence[Head]) -> list[Features | None]:
         """Features of every image; None for a constant one, which holds nothing."""
         pixels = [letterbox(image)[0] for image in batch.images]
         with torch.inference_mode():
             return [
-                self._head.look(encoded.embedding[None], seen[None]) if seen.any() else None
-                for encoded, seen in zip(encode(batch, load_model(self._engine)), pixels, strict=True)
+                head.network.look(encoded.embedding[None], seen[None]) if seen.any() else None
+                for head, encoded, seen in zip(heads, encode(batch, load_model(self._engine)), pixels, strict=True)
             ]
 
-    def _locate(self, seen: Features, encoded: Encoded, resolved: Sequence[_Asked]) -> Detections:
+    def _locate(self, head: Head, seen: Features, encoded: Encoded, resolved: Sequence[_Asked]) -> Detections:
         found: list[tuple[_Asked, Part]] = []
         with torch.inference_mode():
             for asked in resolved:
-                answer = self._ask(seen, asked.known)
-                found += [(asked, part) for part in answer_parts(answer, asked.concept, encoded)]
+                answer = self._ask(head, seen, asked.known)
+                concept = head.card.concepts[asked.concept]
+                found += [(asked, part) for part in answer_parts(answer, concept, encoded)]
         if not found:
             return Detections.none()
         return Detections(
@@ -169,11 +198,11 @@ class Lite:
             probability=[probability for _, (_, _, probability) in found],
         )
 
-    def _ask(self, seen: Features, known: str) -> Answer:
+    def _ask(self, head: Head, seen: Features, known: str) -> Answer:
         if known not in self._vectors:
             self._vectors[known] = torch.from_numpy(encode_text(known).copy())
         tokens = self._vectors[known][None, None]
-        return self._head.ask(seen, tokens, torch.ones(tokens.shape[:3], dtype=torch.bool))
+        return head.network.ask(seen, tokens, torch.ones(tokens.shape[:3], dtype=torch.bool))
 
     def _resolve(self, regions: Sequence[Region]) -> list[_Asked]:
         asked = []
@@ -186,7 +215,7 @@ class Lite:
                         f"region '{region.name}': {what} (grounder 'lite')",
                         hint=f"it knows {', '.join(self._card.concepts)}, and near synonyms of these",
                     )
-                asked.append(_Asked(r, t, known, self._card.concepts[self._vocabulary.concept_of[known]]))
+                asked.append(_Asked(r, t, known, self._vocabulary.concept_of[known]))
         return asked
 
 

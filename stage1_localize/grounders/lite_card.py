@@ -18,12 +18,14 @@ from torch import Tensor
 
 from shared.artifact import Finding, Input, file_sha256, open_artifact, write_atomic
 from shared.config import Strict
-from shared.errors import CorruptError
+from shared.errors import CorruptError, IncompatibleError
 from shared.merkle import tensor_digest
 from stage1_localize.grounders.lite_head import LiteHead
 
 WEIGHTS = "head/lite.safetensors"
 RULES = "head/lite.json"
+FOLDS = "head/folds"
+HELD_OUT = f"{FOLDS}/held_out.json"
 KIND = "head"
 
 
@@ -114,16 +116,62 @@ def write_head(folder: Path, card: Card, state: Mapping[str, Tensor]) -> dict[st
     Returns:
         What the artifact's outputs say of them.
     """
+    (folder / WEIGHTS).parent.mkdir(parents=True, exist_ok=True)
     raw = save_safetensors({name: tensor.contiguous() for name, tensor in state.items()})
     card = card.model_copy(update={"weights_sha256": hashlib.sha256(raw).hexdigest()})
-    (folder / WEIGHTS).parent.mkdir(exist_ok=True)
     write_atomic(folder / WEIGHTS, raw)
     write_atomic(folder / RULES, (card.model_dump_json(indent=1) + "\n").encode())
     return {"weights": _digest(state), "rules": card.rules_sha256}
 
 
+def write_folds(
+    folder: Path, folds: Mapping[int, tuple[Card, Mapping[str, Tensor]]], held_out: Mapping[str, int]
+) -> dict[str, Any]:
+    """Write the heads of a cross-validation beside the head that learnt from every image.
+
+    Args:
+        folder: Of the artifact.
+        folds: Fold -> rules that were chosen and weights that were fitted without its groups.
+        held_out: Sample id -> the fold that it was held out in.
+
+    Returns:
+        What the artifact's outputs say of them.
+    """
+    heads = {str(fold): write_head(folder / FOLDS / str(fold), *folds[fold]) for fold in sorted(folds)}
+    write_atomic(folder / HELD_OUT, (json.dumps(dict(sorted(held_out.items())), indent=1) + "\n").encode())
+    return {"folds": {**heads, "held_out": file_sha256(folder / HELD_OUT)}}
+
+
+def open_folds(reference: str) -> dict[str, Head]:
+    """Sample id -> the head that never saw its group, of an artifact that `open_head` takes.
+
+    Raises:
+        IncompatibleError: The artifact holds no heads of folds.
+        CorruptError, InputMissingError, LockedError: As `open_head`.
+    """
+    whole = open_head(reference)  # its digests cover the folds
+    folder, card = open_artifact(reference, KIND)
+    if "folds" not in card.identity.outputs:
+        raise IncompatibleError(
+            f"{folder}: this head keeps no heads of folds",
+            hint="fit it again into a new folder: now they are kept",
+        )
+    held_out = json.loads((folder / HELD_OUT).read_bytes())
+    heads = {}
+    for fold in sorted(set(held_out.values())):
+        rules, state = _read(folder / FOLDS / str(fold))
+        heads[fold] = Head(rules, build_head(state), whole.origin)
+    return {name: heads[fold] for name, fold in held_out.items()}
+
+
 def head_faults(folder: Path, outputs: Mapping[str, Any]) -> Iterator[Finding]:
     """What the id covers, computed again: a file may be forged together with its digest on the card."""
+    folds = dict(outputs.get("folds", {}))
+    if folds and _sha256(folder / HELD_OUT) != folds.pop("held_out", None):
+        yield Finding(HELD_OUT, "other folds than the artifact's id")
+    for fold, own in folds.items():
+        place = f"{FOLDS}/{fold}"
+        yield from (Finding(f"{place}/{one.file}", one.problem) for one in head_faults(folder / place, own))
     try:
         card, state = _read(folder)
     except (OSError, ValueError, ValidationError) as error:
@@ -140,6 +188,10 @@ def build_head(state: Mapping[str, Tensor]) -> LiteHead:
     head = LiteHead()
     head.load_state_dict({name: tensor.float() for name, tensor in state.items()})
     return head.eval().requires_grad_(False)
+
+
+def _sha256(file: Path) -> str | None:
+    return file_sha256(file) if file.is_file() else None
 
 
 def _read(folder: Path) -> tuple[Card, dict[str, Tensor]]:

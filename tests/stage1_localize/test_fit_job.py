@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from pipelines.audit import audit
+from pipelines.audit_maps import Again
 from shared.artifact import Artifact, read_card, verify
 from shared.config import load
 from shared.corpus import open_corpus
@@ -30,15 +31,19 @@ from shared.errors import (
     PromptError,
     QuarantineError,
     SpecMismatchError,
+    UsageError,
 )
 from shared.lease import Lease
 from shared.merkle import tensor_digest
 from stage1_localize import fit_job, pictures
+from stage1_localize.choose import Tries
 from stage1_localize.config import LocalizeConfig
 from stage1_localize.fit_config import FitGrounderConfig
 from stage1_localize.fit_job import fit_grounder
+from stage1_localize.fit_tasks import read_fit
 from stage1_localize.grounders import GROUNDERS
 from stage1_localize.grounders.lite_card import RULES, WEIGHTS, open_head
+from stage1_localize.grounders.lite_head import LiteHead
 from stage1_localize.job import localize
 from stage1_localize.parts import for_workers, parts_of_this_process, resolve
 from stage1_localize.segmenters.lite_medsam import Encoded, letterbox
@@ -53,6 +58,10 @@ def one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+def weights_of(state: Mapping[str, torch.Tensor]) -> str:
+    return tensor_digest({name: tensor.numpy() for name, tensor in state.items()})
 
 
 def run(folder: Path, out: str = "head", **changes: Any) -> Artifact:
@@ -154,6 +163,55 @@ def test_lite_answers_with_the_head_and_the_store_says_so(made: Artifact, monkey
     resolved = (store.path / "resolved.yaml").read_text()
     assert f"<path>/head@sha256:{made.card.artifact_id}" in resolved
     assert str(folder) not in resolved
+
+
+@pytest.mark.slow
+def test_cross_fitted_each_image_is_answered_by_the_head_that_never_saw_it(
+    cheap: list[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, learnt = fit_job.fit, {}
+
+    def fitted(task: Any) -> str:
+        real(task)
+        found = read_fit(task)
+        assert found is not None
+        learnt[weights_of(found[0])] = {item.source.sample_id for item in task.train}
+        return str(task.name)
+
+    chosen_on: list[set[int]] = []
+    choose = fit_job.choose
+
+    def chosen(tries: Tries) -> int:
+        chosen_on.append({row[0].fold for row in tries})
+        return choose(tries)
+
+    monkeypatch.setattr(fit_job, "fit", fitted)
+    monkeypatch.setattr(fit_job, "choose", chosen)
+    made = run(tmp_path)
+    monkeypatch.undo()
+    assert sorted(map(len, learnt.values())) == [3, 3, 6]
+    assert chosen_on == [{0, 1}, {1}, {0}]
+    asked: list[str] = []
+    look = LiteHead.look
+
+    def looked(self: LiteHead, *given: torch.Tensor) -> Any:
+        asked.append(weights_of(self.state_dict()))
+        return look(self, *given)
+
+    monkeypatch.setattr(
+        LiteHead, "look", lambda self, *a: asked.append(weights_of(self.state_dict())) or look(self, *a)
+    )
+    part = {"name": "lite", "options": {"head": str(made.path), "cross_fitted": True}}
+    config = load(LocalizeConfig, {"regions": {"it": "Quad"}, "grounder": part, "workers": 0, "micro_batch": 1})
+    store = localize(config, images=tmp_path / "images", out=tmp_path / "store")
+    assert len(asked) == 6
+    assert all(name not in learnt[weights] for name, weights in zip(store.sample_ids, asked, strict=True))
+    assert store.card.identity.spec["grounder"]["identity"]["cross_fitted"] is True
+    again = Again(tmp_path / "images", "n", None, (f"grounder.options.head={made.path}",))
+    assert audit(store.path, level="maps", again=again).exit_code == 0
+    (tmp_path / "images" / "0.png").rename(tmp_path / "images" / "new.png")
+    with pytest.raises(UsageError, match="the head was not fitted on new"):
+        localize(config, images=tmp_path / "images", out=tmp_path / "other")
 
 
 @pytest.mark.slow
