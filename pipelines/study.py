@@ -164,7 +164,7 @@ def run_study(config: StudyConfig, *, out: Path, images: Path, fresh: bool = Fal
         for (_, name), runs in groupby(steps, lambda run: (run.round, run.corpus)):
             for step in stores[name][1]:
                 if not step.done:
-                    _say(f"{name}: localize {len(corpora[name].sources)} images into {step.out.name}")
+                    _say(f"{name}: {step.arguments[0]}, {len(corpora[name].sources)} images, into {step.out.name}")
                     _stoppable(children, step)
                     _refuse_others(config, out, paths)  # runs that are there may be of another store than this
             own = {run: steps[run] for run in runs}
@@ -227,27 +227,30 @@ def _refuse_others(config: StudyConfig, out: Path, stores: Mapping[str, Mapping[
 
 
 def _stores(config: StudyConfig, corpus: Corpus, images: Path, out: Path) -> tuple[dict[str, str], list[Step]]:
-    """Region stores by name: of the words, and of the labels where an arm asks for them; and what makes them."""
+    """Region stores by name, as arms ask for them; and what makes them."""
     settings = config.corpora[corpus.name]
-    listed, folder = images / settings.images, out / corpus.name
+    listed, folder, outlines = images / settings.images, out / corpus.name, (images / str(settings.outlines)).resolve()
     found: dict[str, str] = {}
     steps: list[Step] = []
+
+    def localized(name: str, **parts: Any) -> str:
+        recipe = _recipe(folder / f"{name}.yaml", "localize", config.localize_config(corpus.name, **parts))
+        store = str(folder / name)
+        steps.append(Step(Path(store), ("localize", recipe, "--images", str(listed), "--out", store)))
+        return store
+
     wanted = {arm.store for arm in config.arms_of(corpus.name).values() if arm.pretrain is not None}
     if "localized" in wanted:
-        if settings.store is not None:
-            found["localized"] = settings.store
-        else:
-            recipe = _recipe(folder / "localize.yaml", "localize", config.localize_config(corpus.name))
-            arguments = ("localize", recipe, "--images", str(listed), "--out", str(folder / "regions"))
-            steps.append(Step(folder / "regions", arguments))
-            found["localized"] = str(folder / "regions")
+        found["localized"] = localized("regions") if settings.store is None else settings.store
+    if "cross-fitted" in wanted:
+        head = str(folder / "head")
+        places = ("--images", str(listed), "--labels", str(outlines), "--out", head)
+        steps.append(Step(Path(head), ("fit-grounder", *places)))
+        grounder = {"name": "lite", "options": {"head": head, "cross_fitted": True}}
+        found["cross-fitted"] = localized("cross-fitted", grounder=grounder)
     if "oracle" in wanted:
-        grounder = {"name": "oracle", "options": {"labels": str((images / str(settings.outlines)).resolve())}}
-        oracle = config.localize_config(corpus.name, grounder=grounder, segmenter="none")
-        recipe = _recipe(folder / "oracle.yaml", "localize", oracle)
-        arguments = ("localize", recipe, "--images", str(listed), "--out", str(folder / "oracle"))
-        steps.append(Step(folder / "oracle", arguments))
-        found["oracle"] = str(folder / "oracle")
+        grounder = {"name": "oracle", "options": {"labels": str(outlines)}}
+        found["oracle"] = localized("oracle", grounder=grounder, segmenter="none")
     return found, steps
 
 

@@ -21,8 +21,10 @@ class ArmConfig(Strict):
     pretrain: dict[str, Any] | None = Field(
         None, description="What differs from the study's 'pretrain'; null: from scratch. {}: as it stands there."
     )
-    store: Literal["localized", "oracle"] = Field(
-        "localized", description="Region maps of the words, or of the labels (policy oracle)."
+    store: Literal["localized", "cross-fitted", "oracle"] = Field(
+        "localized",
+        description="Region maps of the words by the study's grounder; by heads that are fitted on the corpus' "
+        "outlines, each image answered by the one that never saw its group; or of the outlines (policy oracle).",
     )
     corpora: tuple[str, ...] | None = Field(None, description="Corpora where the arm is run; null: all.")
 
@@ -39,7 +41,9 @@ class CorpusConfig(Strict):
 
     images: str = Field(description="List of images, relative to --images: columns image, sample_id, group.")
     labels: str = Field(description="Labels of the task, relative to --images: a table with groups, without parts.")
-    outlines: str | None = Field(None, description="COCO JSON of outlines, for oracle regions; relative to --images.")
+    outlines: str | None = Field(
+        None, description="COCO JSON of outlines, for arms of such stores; relative to --images."
+    )
     regions: Any = Field(description="The one list of prompts of this corpus, as in a recipe's 'localize.regions'.")
     store: str | None = runtime(None, "A published region store of these images, PATH[@sha256:...]; null: localize.")
     supervised: bool = Field(
@@ -101,10 +105,10 @@ class StudyConfig(Strict):
         problems = []
         for name, arm in self.arms.items():
             problems += [f"arms.{name}.corpora: no corpus '{c}'" for c in arm.corpora or () if c not in self.corpora]
-            if arm.store == "oracle":
+            if arm.store != "localized":
                 own = arm.corpora or tuple(self.corpora)
                 problems += [
-                    f"arms.{name}: corpus '{c}' has no outlines for oracle regions; name others in 'corpora'"
+                    f"arms.{name}: corpus '{c}' has no outlines for {arm.store} regions; name others in 'corpora'"
                     for c in own
                     if c in self.corpora and self.corpora[c].outlines is None
                 ]

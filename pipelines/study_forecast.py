@@ -61,26 +61,31 @@ def _corpus(config: StudyConfig, corpus: Corpus, out: Path, images: Path) -> For
         if first is not None:
             store, count = _store(config, corpus, out, images, tried)
             run = Run(corpus.name, 0, 0, first)
+            if any(arm.store == "cross-fitted" for arm in arms.values()):
+                _cross_fit(config, corpus, out, images, tried)
             tried[ENCODER] = _pretrain(config, run, corpus, store, count and training, folder)
         for name in settings.endpoints:
             run = Run(corpus.name, 0, 0, first or next(iter(arms)))
             tried[name] = _finetune(config, run, name, corpus, folder)
-    seconds = tried["localize"].seconds if "localize" in tried else 0.0
-    left = {name: 0 for name in tried}
+    ahead = {name: 1 for name, item in tried.items() if name not in (ENCODER, *settings.endpoints) and item.seconds}
+    seconds = sum(tried[name].seconds for name in ahead)  # each on all cores, before the runs
+    left = {name: 0 for name in tried if name not in ahead}
     for run in plan(config):
         if run.corpus != corpus.name:
             continue
         for made in config.made(run.corpus, run.arm):
             left[made] += not (run.folder(out) / made / CARD).is_file()
     seconds += sum(count * tried[name].seconds for name, count in left.items()) / config.jobs
-    told = ", ".join(f"{count} x {name} of {duration(tried[name].seconds)}" for name, count in left.items() if count)
+    told = ", ".join(
+        f"{count} x {name} of {duration(tried[name].seconds)}" for name, count in {**ahead, **left}.items() if count
+    )
     groups = len({row.group for row in corpus.examples})
     return Forecast(
         out / corpus.name,
         "new" if seconds else "done",
         {"images": f"{len(corpus.examples)} in {groups} groups", "power": power_line(config, groups)},
         seconds=seconds,
-        disk_bytes=sum(left.get(name, 1) * item.disk_bytes for name, item in tried.items()),
+        disk_bytes=sum(count * tried[name].disk_bytes for name, count in {**ahead, **left}.items()),
         memory_bytes=config.jobs * max(item.memory_bytes for item in tried.values()),
         how={
             "time": f"{told or 'nothing'} to do, {config.jobs} at a time",
@@ -107,6 +112,21 @@ def _store(
     if found.forecast.standing == "done":
         return open_region_store(folder), None
     return StandIn(found), found.count
+
+
+def _cross_fit(config: StudyConfig, corpus: Corpus, out: Path, images: Path, tried: dict[str, Forecast]) -> None:
+    """Heads of folds, and the images once more by these."""
+    from stage1_localize.fit_config import FitGrounderConfig
+    from stage1_localize.fit_forecast import forecast
+    from stage1_localize.rehearse import rehearse
+
+    folder, outlines = out / corpus.name, images / str(config.corpora[corpus.name].outlines)
+    _, fitting = forecast(FitGrounderConfig(), images=corpus.images, labels=outlines, out=folder / "head")
+    tried["fit-grounder"] = fitting
+    if not (folder / "cross-fitted" / CARD).is_file():
+        # A fitted head costs what the packaged one does, which may not know the words.
+        again = config.localize_config(corpus.name, grounder="lite", regions={"tumour": "tumour"})
+        tried["localize, cross-fitted"] = rehearse(again, images=corpus.images, out=folder / "none").forecast
 
 
 def _pretrain(config: StudyConfig, run: Run, corpus: Corpus, store: Any, count: int | None, folder: Path) -> Forecast:

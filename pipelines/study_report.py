@@ -64,6 +64,8 @@ def _forest(config: StudyConfig, found: Table, score: str) -> Section:
     )
     if config.corpora[found.corpus].supervised:
         note += " The grounder has been taught by labels of this set: its regions are supervised here."
+        unseen = [name for name in found.arms if config.arms[name].store == "cross-fitted"]
+        note += "".join(f" Not those of {name}: heads answered that never saw an image's group." for name in unseen)
     return Section(f"{found.corpus}, {found.endpoint}: {score}", forest_chart(rows), note)
 
 

@@ -1,6 +1,7 @@
 """A study of two arms on discs, which runs in seconds."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -41,6 +42,14 @@ RECIPE = {
 
 def config(**changes: object) -> StudyConfig:
     return validate(StudyConfig, {**RECIPE, **changes})
+
+
+def disc_outlines(folder: Path) -> dict[str, Any]:
+    """COCO labels of the discs: a box each."""
+    names = [f"{group:02d}-{number}.png" for group in range(GROUPS) for number in range(2)]
+    images = [{"id": i, "file_name": name, "width": 48, "height": 48} for i, name in enumerate(names)]
+    boxes = [{"id": i, "image_id": i, "category_id": 1, "bbox": [8, 12, 24, 24]} for i in range(len(names))]
+    return {"images": images, "annotations": boxes, "categories": [{"id": 1, "name": "disc"}]}
 
 
 def write_discs(folder: Path) -> Path:

@@ -67,7 +67,7 @@ def test_arms_of_the_study_hide_alike_on_a_grid_that_tells_regions() -> None:
     }
     assert shares.pop("uniform-60") == 600
     assert set(shares.values()) == {400}
-    assert set(shares) == {"uniform", "region", "region-soft", "shuffled", "oracle"}
+    assert set(shares) == {"uniform", "region", "region-soft", "region-cross-fitted", "shuffled", "oracle"}
 
 
 @pytest.mark.parametrize("name", STUDIES)

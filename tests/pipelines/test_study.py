@@ -17,8 +17,9 @@ import rfc8785
 import yaml
 
 from pipelines.audit import audit
-from pipelines.study import Children, RunFailedError, Step, _grown, _run_all, study_spec
+from pipelines.study import Children, RunFailedError, Step, _grown, _run_all, _stores, study_spec
 from pipelines.study_config import StudyConfig
+from pipelines.study_forecast import rehearse_study
 from pipelines.study_plan import plan, read_corpus
 from pipelines.study_report import study_page
 from pipelines.study_stats import Compared
@@ -27,7 +28,7 @@ from shared.artifact import read_card
 from shared.errors import ConfigError, CorruptError, IncompatibleError, InterruptedRun, SpecMismatchError
 from stage3_finetune.predictions import ClassPredictions
 from tests.pipelines import forging
-from tests.pipelines.studies import GROUPS, RECIPE, config, write_discs
+from tests.pipelines.studies import GROUPS, RECIPE, config, disc_outlines, write_discs
 from tests.pipelines.test_audit import reseal
 
 ROOT = Path(__file__).parents[2]
@@ -153,6 +154,20 @@ def assert_a_forged_study_drifts(out: Path) -> None:
     moved.rename(out / "discs")
 
 
+def test_a_set_that_taught_the_grounder_is_told_and_which_arms_it_did_not_teach() -> None:
+    outlined = {**RECIPE["corpora"]["discs"], "outlines": "outlines.json", "supervised": True}
+    arms = {**RECIPE["arms"], "unseen": {"pretrain": {}, "store": "cross-fitted"}}
+    scores = {"accuracy": Compared(dict.fromkeys(("scratch", "uniform", "unseen"), (0.5, 0, 1)), (), 9, 9)}
+
+    def page(**changes: object) -> str:
+        study = config(**changes)
+        return study_page(study, Summary((Table("discs", "full", tuple(study.arms), 1, 2, scores),), (), 0, 0, (), {}))
+
+    assert "supervised here" not in page()
+    assert "supervised here. Not those" not in page(corpora={"discs": outlined})
+    assert "supervised here. Not those of unseen:" in page(corpora={"discs": outlined}, arms=arms)
+
+
 def test_labels_needed_are_drawn_where_endpoints_differ_in_their_share_alone() -> None:
     endpoints = {
         "tenth": {"finetune": {"fraction_milli": 100}},
@@ -268,11 +283,37 @@ def test_one_corpus_after_another_is_run(tmp_path: Path) -> None:
     assert children.stopping.is_set()
 
 
+def test_regions_of_heads_that_never_saw_an_image_are_made_by_two_commands(tmp_path: Path) -> None:
+    arms = {**RECIPE["arms"], "unseen": {"pretrain": {}, "store": "cross-fitted"}}
+    outlined = {"discs": {**RECIPE["corpora"]["discs"], "outlines": "outlines.json"}}
+    data = write_discs(tmp_path / "data")
+    (data / "outlines.json").write_text(json.dumps(disc_outlines(data)))
+    study = config(arms=arms, corpora=outlined, localize={**RECIPE["localize"]})
+    corpus = read_corpus(study, "discs", data)
+    found, steps = _stores(study, corpus, data, tmp_path / "out")
+    folder = tmp_path / "out" / "discs"
+    assert found == {"localized": str(folder / "regions"), "cross-fitted": str(folder / "cross-fitted")}
+    assert [step.arguments[0] for step in steps] == ["localize", "fit-grounder", "localize"]
+    assert steps[1].arguments[1:] == (
+        "--images", str(data / "discs.csv"), "--labels", str(data / "outlines.json"), "--out", str(folder / "head"),
+    )  # fmt: skip
+    asked = yaml.safe_load(Path(steps[2].arguments[1]).read_text())["localize"]
+    assert asked["grounder"] == {"name": "lite", "options": {"head": str(folder / "head"), "cross_fitted": True}}
+    assert asked["segmenter"]["name"] == "boxfill"
+    (told,) = rehearse_study(study, out=tmp_path / "out", images=data).values()
+    assert "1 x fit-grounder of" in told.how["time"]
+    assert "1 x localize, cross-fitted of" in told.how["time"]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"arms": {"scratch": {}}}, "arms"),
         ({"arms": {**RECIPE["arms"], "oracle": {"pretrain": {}, "store": "oracle"}}}, "no outlines for oracle"),
+        (
+            {"arms": {**RECIPE["arms"], "unseen": {"pretrain": {}, "store": "cross-fitted"}}},
+            "no outlines for cross-fitted",
+        ),
         ({"claims": [{**RECIPE["claims"][0], "arm": "none"}]}, "no arm 'none'"),
         ({"claims": [{**RECIPE["claims"][0], "endpoint": "none"}]}, "has no 'none'"),
         ({"folds": 1}, "folds"),
