@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
@@ -209,7 +209,7 @@ def _grown(out: Path, spec: dict[str, Any]) -> dict[str, Any]:
 
 def _refuse_others(config: StudyConfig, out: Path, stores: Mapping[str, Mapping[str, str]]) -> None:
     """Refuse runs that were made of other settings, stores or rows than this study would make them of."""
-    from pipelines.study_check import run_differences
+    from pipelines.study_check import run_differences, store_differences
     from pipelines.study_summary import run_cards
 
     ids = {
@@ -219,9 +219,9 @@ def _refuse_others(config: StudyConfig, out: Path, stores: Mapping[str, Mapping[
         if path == config.corpora[name].store or (Path(path) / CARD).is_file()  # its own may be yet to come
     }
     cards = {run: run_cards(config, run, out) for run in plan(config)}
-    for folder, difference in run_differences(config, cards, out, ids):
+    for folder, difference in chain(store_differences(config, out), run_differences(config, cards, out, ids)):
         raise SpecMismatchError(
-            f"{folder}: not a run of this study: {difference}",
+            f"{folder}: not of this study: {difference}",
             hint="restore the setting, name another folder with --out, or remove that folder to make the run again",
         )
 
@@ -229,7 +229,7 @@ def _refuse_others(config: StudyConfig, out: Path, stores: Mapping[str, Mapping[
 def _stores(config: StudyConfig, corpus: Corpus, images: Path, out: Path) -> tuple[dict[str, str], list[Step]]:
     """Region stores by name, as arms ask for them; and what makes them."""
     settings = config.corpora[corpus.name]
-    listed, folder, outlines = images / settings.images, out / corpus.name, (images / str(settings.outlines)).resolve()
+    listed, folder, outlines = images / settings.images, out / corpus.name, images / (settings.outlines or "")
     found: dict[str, str] = {}
     steps: list[Step] = []
 
@@ -239,17 +239,17 @@ def _stores(config: StudyConfig, corpus: Corpus, images: Path, out: Path) -> tup
         steps.append(Step(Path(store), ("localize", recipe, "--images", str(listed), "--out", store)))
         return store
 
-    wanted = {arm.store for arm in config.arms_of(corpus.name).values() if arm.pretrain is not None}
+    wanted = config.stores(corpus.name)
     if "localized" in wanted:
         found["localized"] = localized("regions") if settings.store is None else settings.store
     if "cross-fitted" in wanted:
         head = str(folder / "head")
-        places = ("--images", str(listed), "--labels", str(outlines), "--out", head)
+        places = ("--images", str(listed), "--labels", str(outlines.resolve()), "--out", head)
         steps.append(Step(Path(head), ("fit-grounder", *places)))
         grounder = {"name": "lite", "options": {"head": head, "cross_fitted": True}}
         found["cross-fitted"] = localized("cross-fitted", grounder=grounder)
     if "oracle" in wanted:
-        grounder = {"name": "oracle", "options": {"labels": str(outlines)}}
+        grounder = {"name": "oracle", "options": {"labels": str(outlines.resolve())}}
         found["oracle"] = localized("oracle", grounder=grounder, segmenter="none")
     return found, steps
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from pipelines.study_config import ENCODER, StudyConfig
 from pipelines.study_plan import Run, fold_folder, run_settings
-from shared.artifact import Card
+from shared.artifact import CARD, Card, read_card
 from shared.config import spec as config_spec
 from shared.config import validate
 from stage2_pretrain.config import PretrainConfig
@@ -68,6 +68,27 @@ def run_differences(
                 first = unlike.setdefault(name, (value, place))
                 if first[0] != value:
                     yield folder, f"{made}: {name[0]}: the same as {first[1]} has"
+
+
+def store_differences(config: StudyConfig, out: Path) -> Iterator[tuple[Path, str]]:
+    """Stores in a study's folder that are called cross-fitted and are not.
+
+    Yields:
+        Folder of a store, and why.
+
+    Raises:
+        KeyError, MwmError: A card is no such thing.
+    """
+    for name in config.corpora:
+        folder, head = out / name / "cross-fitted", out / name / "head"
+        if "cross-fitted" not in config.stores(name) or not (folder / CARD).is_file():
+            continue
+        identity = read_card(folder, "region-store").identity
+        if not identity.spec["grounder"]["identity"].get("cross_fitted"):
+            yield folder, "its images were not answered by heads that never saw them"
+        fitted = [read_card(head, "head").artifact_id] if (head / CARD).is_file() else []
+        if fitted != [item.artifact_id for item in identity.inputs if item.kind == "head"]:
+            yield folder, "another head than the one beside it"
 
 
 def _asked(settings: PretrainConfig | FinetuneConfig) -> dict[str, Any]:

@@ -135,6 +135,10 @@ class StudyConfig(Strict):
         """Stage 1 for a corpus: its one prompt list; words that differ between images would tell labels."""
         return LocalizeConfig.model_validate({**self.localize, "regions": self.corpora[corpus].regions, **parts})
 
+    def stores(self, corpus: str) -> set[str]:
+        """Kinds of region maps that a corpus needs."""
+        return {arm.store for arm in self.arms_of(corpus).values() if arm.pretrain is not None}
+
     @property
     def overlap(self) -> float:
         """Test over training images of a fold."""

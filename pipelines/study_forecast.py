@@ -61,7 +61,7 @@ def _corpus(config: StudyConfig, corpus: Corpus, out: Path, images: Path) -> For
         if first is not None:
             store, count = _store(config, corpus, out, images, tried)
             run = Run(corpus.name, 0, 0, first)
-            if any(arm.store == "cross-fitted" for arm in arms.values()):
+            if "cross-fitted" in config.stores(corpus.name):
                 _cross_fit(config, corpus, out, images, tried)
             tried[ENCODER] = _pretrain(config, run, corpus, store, count and training, folder)
         for name in settings.endpoints:
@@ -120,7 +120,7 @@ def _cross_fit(config: StudyConfig, corpus: Corpus, out: Path, images: Path, tri
     from stage1_localize.fit_forecast import forecast
     from stage1_localize.rehearse import rehearse
 
-    folder, outlines = out / corpus.name, images / str(config.corpora[corpus.name].outlines)
+    folder, outlines = out / corpus.name, images / (config.corpora[corpus.name].outlines or "")
     _, fitting = forecast(FitGrounderConfig(), images=corpus.images, labels=outlines, out=folder / "head")
     tried["fit-grounder"] = fitting
     if not (folder / "cross-fitted" / CARD).is_file():

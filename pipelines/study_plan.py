@@ -17,6 +17,7 @@ from shared.backbones import resolve_options
 from shared.config import digest, validate
 from shared.errors import ConfigError
 from shared.images import Source, find_sources
+from stage1_localize.contracts import Region
 from stage2_pretrain.config import PretrainConfig
 from stage3_finetune.config import FinetuneConfig
 from stage3_finetune.contracts import Example, Targets
@@ -148,7 +149,30 @@ def read_corpus(config: StudyConfig, name: str, images: Path) -> Corpus:
     column, cells = _cells(labels, names)
     ordered = tuple(sorted(examples, key=lambda row: row.sample_id))
     outlines = None if corpus.outlines is None else file_sha256(images / corpus.outlines)
+    if corpus.outlines is not None and "cross-fitted" in config.stores(name):
+        _refuse_unfit(config.localize_config(name).asked(), images / corpus.images, images / corpus.outlines)
     return Corpus(name, ordered, images / corpus.images, sources, targets, labels, outlines, column, cells)
+
+
+def _refuse_unfit(regions: Sequence[Region], images: Path, outlines: Path) -> None:
+    """Refuse what a head fitted on the outlines would refuse, an hour later: other words, images that they lack."""
+    from stage1_localize.fit_config import FitGrounderConfig
+    from stage1_localize.fit_plan import plan
+    from stage1_localize.grounders.lite_text import fold
+
+    ready = plan(FitGrounderConfig(), images=images, labels=outlines)
+    known = {text for texts in ready.wordings.values() for text in texts}
+    if unknown := [text for region in regions for text in region.texts if fold(text) not in known]:
+        raise ConfigError(
+            f"{outlines.name}: '{unknown[0]}' is no category of these outlines, which cross-fitted regions learn from",
+            hint=f"ask for {', '.join(ready.wordings)}",
+        )
+    listed = {row.sample_id for row in ready.corpus}
+    if missing := [source.sample_id for source in find_sources(images) if source.sample_id not in listed]:
+        raise ConfigError(
+            f"{outlines.name}: {len(missing)} images of {images.name} are not listed; cross-fitted regions need all",
+            hint="list them, without annotations where they hold nothing",
+        )
 
 
 def _targets(config: StudyConfig, name: str, labels: Path, sources: dict[str, Source]) -> Targets:

@@ -64,8 +64,12 @@ def _forest(config: StudyConfig, found: Table, score: str) -> Section:
     )
     if config.corpora[found.corpus].supervised:
         note += " The grounder has been taught by labels of this set: its regions are supervised here."
-        unseen = [name for name in found.arms if config.arms[name].store == "cross-fitted"]
-        note += "".join(f" Not those of {name}: heads answered that never saw an image's group." for name in unseen)
+    note += "".join(
+        f" Regions of {name}: by heads fitted on outlines of this set, each image by one that never saw its group; "
+        "groups that a fold tests are among the others."
+        for name in found.arms
+        if config.arms[name].store == "cross-fitted"
+    )
     return Section(f"{found.corpus}, {found.endpoint}: {score}", forest_chart(rows), note)
 
 

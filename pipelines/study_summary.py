@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.study_check import run_differences
+from pipelines.study_check import run_differences, store_differences
 from pipelines.study_config import ENCODER, StudyConfig
 from pipelines.study_plan import Run, plan
 from pipelines.study_report import study_page
@@ -190,10 +190,10 @@ def recompute(folder: Path, card: Card) -> list[str]:
     again = _thousandths(summarise(config, cards, out).as_dict())
     said = _thousandths(told) if isinstance(told, dict) else {}
     try:
-        others = list(run_differences(config, cards, out))
+        others = [*store_differences(config, out), *run_differences(config, cards, out)]
     except (AttributeError, KeyError, TypeError, ValueError, ConfigError) as error:
         raise CorruptError(f"settings of the study, or on a run's card, cannot be read: {error}") from None
-    differing = [f"not a run of this study: {path.relative_to(out)}: {why}" for path, why in others]
+    differing = [f"not of this study: {path.relative_to(out)}: {why}" for path, why in others]
     differing += [f"{key}: not what its runs say" for key in {**again, **said} if said.get(key, key) != again.get(key)]
     if digest(again) != card.identity.outputs["summary_sha256"]:
         differing.append("summary_sha256: another summary than the artifact's id")

@@ -69,12 +69,12 @@ def forecast(
         standing,
         found,
         seconds=seconds,
-        disk_bytes=2_000_000 + len(usable) * EMBEDDING_BYTES,
+        disk_bytes=1_000_000 + fits * 1_000_000 + len(usable) * EMBEDDING_BYTES,
         memory_bytes=(1 + min(workers, fits)) * peak_bytes() + workers * len(usable) * 500_000,
         how={
             "time": f"{embed_s:.1f} s an embedding as tried x {len(usable)}, {fits} fits of {settings.steps} steps at "
             f"about {STEP_S * settings.prompts / 3:.2f} s, {workers} processes on idle cores",
-            "disk": "embeddings while it runs, 2 MB a labelled image; the head itself is 1 MB and its report",
+            "disk": "embeddings while it runs, 2 MB a labelled image; then 1 MB for each fit, and a report",
             "memory": f"this trial's peak for each of {workers} processes and its labelled images",
         },
         warnings=[*ready.warnings, *(f"image would be quarantined: {error.reason}" for error in failed.values())],

@@ -26,8 +26,8 @@ from stage1_localize.fit_config import FitGrounderConfig
 from stage1_localize.fit_plan import Plan, open_images, plan
 from stage1_localize.fit_pool import run_tasks
 from stage1_localize.fit_report import write_report
-from stage1_localize.fit_tasks import EMBEDDINGS, FITS, embed, fit, read_fit, tried_of
-from stage1_localize.grounders.lite_card import KIND, Card, Concept, build_head, write_folds, write_head
+from stage1_localize.fit_tasks import EMBEDDINGS, FITS, embed, fit, read_fit, read_labelled, tried_of
+from stage1_localize.grounders.lite_card import KIND, Card, Concept, build_head, pixels_sha256, write_folds, write_head
 
 QUARANTINE = "quarantine.jsonl"
 EMBEDDING_BYTES = 2_097_280
@@ -124,11 +124,11 @@ class _Run:
         plan, tasks = self.plan, self.plan.tasks(self.out, self.usable)
         subject = plan.subject(self.out)
         tries: dict[str, list[Any]] = {name: [] for name in plan.wordings}
-        states = {}
+        heads = {}
         for task in tasks[:-1]:
             found = read_fit(task)
             assert found is not None
-            states[task.fold] = found[0]
+            heads[task.fold] = found[0]
             for name, rows in found[1].items():
                 tries[name] += rows
         kept = read_fit(tasks[-1])
@@ -136,12 +136,16 @@ class _Run:
         tried = tried_of(subject)
         concepts = {name: tried[name][choose(rows)] for name, rows in tries.items()}
         scores = {name: honest_scores(rows) for name, rows in tries.items()}
-        card = self._card(concepts, scores)
+        card = self._card(concepts, scores, self.usable)
         folds = {}
-        for number, weights in states.items():
-            others = {name: tried[name][choose(without(number, rows))] for name, rows in tries.items()}
-            folds[number] = (card.model_copy(update={"concepts": others, "scores": {}}), weights)
-        held_out = {item.source.sample_id: task.fold for task in tasks[:-1] for item in task.held_out}
+        held_out = {}
+        for task in tasks[:-1]:
+            others = {name: without(task.fold, rows) for name, rows in tries.items()}
+            rules = {name: tried[name][choose(rows) if rows else 0] for name, rows in others.items()}
+            folds[task.fold] = (self._card(rules, {}, task.train), heads[task.fold])
+            for item in task.held_out:
+                self._stop_if_asked()
+                held_out[item.source.sample_id] = (task.fold, pixels_sha256(read_labelled(item).pixels))
         digests = write_head(self.out, card, kept[0]) | write_folds(self.out, folds, held_out)
         lines = [
             {"sample_id": name, "reason": error.reason, "stage": "read", "message": str(error)}
@@ -151,7 +155,7 @@ class _Run:
         write_report(
             self.out,
             card,
-            {fold: build_head(state) for fold, state in states.items()},
+            {fold: build_head(state) for fold, state in heads.items()},
             tasks[:-1],
             quarantined=Counter(error.reason for error in self.failed.values()),
             warnings=self.log.warnings,
@@ -174,7 +178,7 @@ class _Run:
         for state in (EMBEDDINGS, FITS):
             shutil.rmtree(self.out / state, ignore_errors=True)
 
-    def _card(self, concepts: Mapping[str, Concept], scores: Mapping[str, Any]) -> Card:
+    def _card(self, concepts: Mapping[str, Concept], scores: Mapping[str, Any], learnt: Sequence[Labelled]) -> Card:
         from importlib.metadata import version
 
         config, labels = self.plan.config, self.plan.labels
@@ -191,14 +195,16 @@ class _Run:
             f"also not what the packaged head knows. {silence}",
             concepts=dict(concepts),
             foreign=self.plan.foreign,
-            data={"labels": f"{len(self.usable)} images of the user, under the user's terms"},
+            data={"labels": f"{len(learnt)} images of the user, under the user's terms"},
             fit={
-                "things": dict(Counter(thing.region for item in self.usable for thing in item.things)),
+                "things": dict(Counter(thing.region for item in learnt for thing in item.things)),
                 "outlined": sorted(labels.outlined),
                 **{key: value for key, value in self.plan.spec().items() if key not in ("regions", "foreign")},
                 "scored": "by cross-validation over groups: every image was answered by a head that was fitted "
                 "without its group, with a route and thresholds chosen without its fold; 95 % intervals by group. "
-                "The head that is kept was fitted on all images.",
+                "The head that is kept was fitted on all images."
+                if scores
+                else "a head of that cross-validation: its routes and thresholds were chosen on the other folds.",
                 "software": {name: version(name) for name in ("torch", "transformers", "numpy")},
             },
             scores=dict(scores),

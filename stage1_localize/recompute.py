@@ -211,7 +211,8 @@ def _parts_of(store: RegionStore, overrides: Iterable[str]) -> tuple[Parts, Loca
     if differing:
         raise IncompatibleError(
             f"store {store.path.name}: {_difference(differing[0], spec, here)}",
-            hint="install the release and the weights that made it; 'mwm inspect STORE' names them",
+            hint="install the release and the weights that made it, or give options that resolved.yaml has lost with "
+            "--set; 'mwm inspect STORE' names them",
         )
     return parts, config
 

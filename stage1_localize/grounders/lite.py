@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from shared.artifact import Input
 from shared.config import Strict, runtime
-from shared.errors import PromptError, UsageError
+from shared.errors import PromptError
 from stage1_localize.boxes import overlaps
 from stage1_localize.contracts import Batch, Detections, Region
 from stage1_localize.grounders.lite_card import Concept, Head, load_packaged, open_folds, open_head
@@ -63,7 +63,8 @@ class Lite:
             "onnxruntime", description="What computes the encoder; a segmenter lite_medsam on the same one shares it."
         )
 
-        # Not part of the options' identity: its artifact id is an input of the store, its digests the part's own.
+        # Neither is part of the options' identity: the artifact's id is an input of the store, digests of the head, and
+        # of folds where they answer, are the part's own.
         head: str | None = runtime(
             None, "Head artifact of mwm fit-grounder, PATH or PATH@sha256:... to pin it; none: the packaged head."
         )
@@ -109,7 +110,7 @@ class Lite:
             {name: concept.wordings for name, concept in self._card.concepts.items()}, self._card.foreign
         )
         self._vectors: dict[str, Tensor] = {}
-        self._folds: dict[str, Head] | None = open_folds(str(options.head)) if options.cross_fitted else None
+        self._folds = open_folds(str(options.head)) if options.cross_fitted else None
 
     def check(self, regions: Sequence[Region]) -> None:
         """Accept wordings that are known, or near a known one.
@@ -121,7 +122,7 @@ class Lite:
 
     def needs_segmenter(self, regions: Sequence[Region]) -> bool:
         """Whether any of these regions comes without pixels."""
-        heads = (self._whole,) if self._folds is None else self._folds.values()
+        heads = (self._whole,) if self._folds is None else self._folds.heads.values()
         asked = self._resolve(regions)
         return any(head.card.concepts[one.concept].route != "mask" for head in heads for one in asked)
 
@@ -132,7 +133,7 @@ class Lite:
             "card_sha256": self._card.rules_sha256,
             "text_sha256": MODEL_SHA256,
             "encoder": dict(identity_of(self._engine)),
-            **({} if self._folds is None else {"cross_fitted": True}),
+            **({} if self._folds is None else {"cross_fitted": self._folds.digest}),
         }
 
     def inputs(self) -> list[Input]:
@@ -150,11 +151,11 @@ class Lite:
 
         Raises:
             PromptError: A wording outside the vocabulary.
-            UsageError: Cross-fitted, an image that the head was not fitted on.
+            UsageError: Cross-fitted, an image that the head was not fitted on, or other pixels under its id.
         """
         resolved = self._resolve(regions)
         heads = self._heads(batch)
-        key = f"lite {self._card.weights_sha256} {self._folds is not None} {encoder_key(self._engine)}"
+        key = f"lite {self._card.weights_sha256} {self._folds and self._folds.digest} {encoder_key(self._engine)}"
         features = batch.memo(key, lambda: self._look(batch, heads))
         return [
             Detections.none() if seen is None else self._locate(head, seen, encoded, resolved)
@@ -162,15 +163,13 @@ class Lite:
         ]
 
     def _heads(self, batch: Batch) -> list[Head]:
-        """Who answers each image."""
+        """Who answers each image; a blank one has no name, and whoever answers it finds nothing."""
         if self._folds is None:
             return [self._whole] * len(batch)
-        if unknown := sorted({name for name in batch.sample_ids if name} - self._folds.keys()):
-            raise UsageError(
-                f"grounder 'lite', cross_fitted: the head was not fitted on {unknown[0]}",
-                hint="leave cross_fitted out for images that the head has never seen, or list the head's own images",
-            )
-        return [self._folds.get(name, self._whole) for name in batch.sample_ids]
+        return [
+            self._folds.head_of(name, image) if name else self._whole
+            for name, image in zip(batch.sample_ids, batch.images, strict=True)
+        ]
 
     def _look(self, batch: Batch, heads: Sequence[Head]) -> list[Features | None]:
         """Features of every image; None for a constant one, which holds nothing."""

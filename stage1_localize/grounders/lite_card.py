@@ -11,14 +11,16 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from jaxtyping import Float32
 from pydantic import Field, ValidationError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from shared.artifact import Finding, Input, file_sha256, open_artifact, write_atomic
-from shared.config import Strict
-from shared.errors import CorruptError, IncompatibleError
+from shared.config import Strict, digest
+from shared.errors import CorruptError, IncompatibleError, UsageError
 from shared.merkle import tensor_digest
 from stage1_localize.grounders.lite_head import LiteHead
 
@@ -124,54 +126,85 @@ def write_head(folder: Path, card: Card, state: Mapping[str, Tensor]) -> dict[st
     return {"weights": _digest(state), "rules": card.rules_sha256}
 
 
+@dataclass(frozen=True)
+class Folds:
+    """The heads of a cross-validation.
+
+    Attributes:
+        heads: Fold -> the head that learnt from none of its groups.
+        held_out: Sample id -> the fold that it was held out in, and the digest of its pixels.
+        digest: Of all that decides an answer.
+    """
+
+    heads: Mapping[int, Head]
+    held_out: Mapping[str, tuple[int, str]]
+    digest: str
+
+    def head_of(self, sample_id: str, image: Float32[np.ndarray, "C H W"]) -> Head:
+        """The head that never saw an image's group.
+
+        Raises:
+            UsageError: An image that the heads were not fitted on, or other pixels under its id.
+        """
+        fold, pixels = self.held_out.get(sample_id, (None, ""))
+        if fold is None or pixels != pixels_sha256(image):
+            raise UsageError(
+                f"grounder 'lite', cross_fitted: {sample_id} is no image that the head was fitted on"
+                + ("" if fold is None else ", but another one of that name"),
+                hint="give the images of the head's own labels, or leave cross_fitted out for images that it never saw",
+            )
+        return self.heads[fold]
+
+
+def pixels_sha256(image: Float32[np.ndarray, "C H W"]) -> str:
+    """Digest of an image as it was decoded."""
+    return hashlib.sha256(repr(image.shape).encode() + image.tobytes()).hexdigest()
+
+
 def write_folds(
-    folder: Path, folds: Mapping[int, tuple[Card, Mapping[str, Tensor]]], held_out: Mapping[str, int]
+    folder: Path, heads: Mapping[int, tuple[Card, Mapping[str, Tensor]]], held_out: Mapping[str, tuple[int, str]]
 ) -> dict[str, Any]:
     """Write the heads of a cross-validation beside the head that learnt from every image.
 
     Args:
         folder: Of the artifact.
-        folds: Fold -> rules that were chosen and weights that were fitted without its groups.
-        held_out: Sample id -> the fold that it was held out in.
+        heads: Fold -> rules and weights.
+        held_out: As in `Folds`.
 
     Returns:
         What the artifact's outputs say of them.
     """
-    heads = {str(fold): write_head(folder / FOLDS / str(fold), *folds[fold]) for fold in sorted(folds)}
+    written = {str(fold): write_head(folder / FOLDS / str(fold), *heads[fold]) for fold in sorted(heads)}
     write_atomic(folder / HELD_OUT, (json.dumps(dict(sorted(held_out.items())), indent=1) + "\n").encode())
-    return {"folds": {**heads, "held_out": file_sha256(folder / HELD_OUT)}}
+    return {"folds": {"heads": written, "held_out": file_sha256(folder / HELD_OUT)}}
 
 
-def open_folds(reference: str) -> dict[str, Head]:
-    """Sample id -> the head that never saw its group, of an artifact that `open_head` takes.
+def open_folds(reference: str) -> Folds:
+    """The heads of folds of an artifact that `open_head` takes.
 
     Raises:
-        IncompatibleError: The artifact holds no heads of folds.
+        IncompatibleError: The artifact holds none.
         CorruptError, InputMissingError, LockedError: As `open_head`.
     """
-    whole = open_head(reference)  # its digests cover the folds
+    origin = open_head(reference).origin  # its digests cover the folds
     folder, card = open_artifact(reference, KIND)
-    if "folds" not in card.identity.outputs:
+    told = card.identity.outputs.get("folds")
+    if not told:
         raise IncompatibleError(
             f"{folder}: this head keeps no heads of folds",
-            hint="fit it again into a new folder: now they are kept",
+            hint="heads of mwm fit-grounder do: fit it into a new folder",
         )
-    held_out = json.loads((folder / HELD_OUT).read_bytes())
     heads = {}
-    for fold in sorted(set(held_out.values())):
-        rules, state = _read(folder / FOLDS / str(fold))
-        heads[fold] = Head(rules, build_head(state), whole.origin)
-    return {name: heads[fold] for name, fold in held_out.items()}
+    for fold in told["heads"]:
+        rules, state = _read(folder / FOLDS / fold)
+        heads[int(fold)] = Head(rules, build_head(state), origin)
+    return Folds(heads, _read_held_out(folder), digest(told))
 
 
 def head_faults(folder: Path, outputs: Mapping[str, Any]) -> Iterator[Finding]:
     """What the id covers, computed again: a file may be forged together with its digest on the card."""
-    folds = dict(outputs.get("folds", {}))
-    if folds and _sha256(folder / HELD_OUT) != folds.pop("held_out", None):
-        yield Finding(HELD_OUT, "other folds than the artifact's id")
-    for fold, own in folds.items():
-        place = f"{FOLDS}/{fold}"
-        yield from (Finding(f"{place}/{one.file}", one.problem) for one in head_faults(folder / place, own))
+    if "folds" in outputs:
+        yield from _fold_faults(folder, outputs["folds"])
     try:
         card, state = _read(folder)
     except (OSError, ValueError, ValidationError) as error:
@@ -190,8 +223,26 @@ def build_head(state: Mapping[str, Tensor]) -> LiteHead:
     return head.eval().requires_grad_(False)
 
 
-def _sha256(file: Path) -> str | None:
-    return file_sha256(file) if file.is_file() else None
+def _fold_faults(folder: Path, told: Any) -> Iterator[Finding]:
+    try:
+        heads: dict[str, Any] = dict(told["heads"])
+        folds = {str(fold) for fold, _ in _read_held_out(folder).values()}
+        same = file_sha256(folder / HELD_OUT) == told["held_out"]
+    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+        yield Finding(HELD_OUT, f"cannot be read: {type(error).__name__}")
+        return
+    if not same or folds != set(heads):
+        yield Finding(HELD_OUT, "other folds than the artifact's id")
+        return
+    for fold, own in heads.items():
+        place = f"{FOLDS}/{fold}"
+        found = head_faults(folder / place, own if isinstance(own, Mapping) else {})
+        yield from (Finding(f"{place}/{fault.file}", fault.problem) for fault in found)
+
+
+def _read_held_out(folder: Path) -> dict[str, tuple[int, str]]:
+    told = json.loads((folder / HELD_OUT).read_bytes())
+    return {name: (int(fold), pixels) for name, (fold, pixels) in told.items()}
 
 
 def _read(folder: Path) -> tuple[Card, dict[str, Tensor]]:

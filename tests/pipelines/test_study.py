@@ -110,7 +110,7 @@ def test_a_study_is_stopped_continued_published_and_audited(data: Path, tmp_path
     other = recipe(tmp_path, corpora=corpora, finetune={**RECIPE["finetune"], "lr": 0.01})
     refused = subprocess.run(command(other, data, out), cwd=ROOT, env=environment, capture_output=True, text=True)
     assert refused.returncode == 2
-    assert "scratch: not a run of this study: full: lr: '0.0003' there, '0.01' asked" in refused.stderr
+    assert "scratch: not of this study: full: lr: '0.0003' there, '0.01' asked" in refused.stderr
     asked = {**RECIPE, "corpora": corpora}
     forging.assert_a_run_of_other_settings_is_found(out, asked)
     forging.assert_encoders_are_compared_with_each_other(out, asked)
@@ -140,7 +140,7 @@ def assert_a_forged_study_drifts(out: Path) -> None:
     assert recompute(folder, read_card(folder)) == ["claims on the card: not what its runs say"]
     sealed = kept[folder / "artifact.json"] = (folder / "artifact.json").read_bytes()
     reseal(folder, lambda body: body["identity"]["spec"]["config"]["finetune"].update(lr="0.01"), own_id=True)
-    trained = "not a run of this study: discs/round-0/fold-0/scratch: full: lr: '0.0003' there, '0.01' asked"
+    trained = "not of this study: discs/round-0/fold-0/scratch: full: lr: '0.0003' there, '0.01' asked"
     assert trained in recompute(folder, read_card(folder))
     nothing = {"pretrain": {"nothing": 1}}
     reseal(folder, lambda body: body["identity"]["spec"]["config"]["arms"]["uniform"].update(nothing), own_id=True)
@@ -164,8 +164,12 @@ def test_a_set_that_taught_the_grounder_is_told_and_which_arms_it_did_not_teach(
         return study_page(study, Summary((Table("discs", "full", tuple(study.arms), 1, 2, scores),), (), 0, 0, (), {}))
 
     assert "supervised here" not in page()
-    assert "supervised here. Not those" not in page(corpora={"discs": outlined})
-    assert "supervised here. Not those of unseen:" in page(corpora={"discs": outlined}, arms=arms)
+    assert "by heads fitted on outlines" not in page(corpora={"discs": outlined})
+    assert "supervised here. Regions of unseen: by heads fitted on outlines" in page(
+        corpora={"discs": outlined}, arms=arms
+    )
+    taught = {"discs": {**outlined, "supervised": False}}
+    assert "Regions of unseen: by heads fitted on outlines" in page(corpora=taught, arms=arms)
 
 
 def test_labels_needed_are_drawn_where_endpoints_differ_in_their_share_alone() -> None:
@@ -300,6 +304,16 @@ def test_regions_of_heads_that_never_saw_an_image_are_made_by_two_commands(tmp_p
     asked = yaml.safe_load(Path(steps[2].arguments[1]).read_text())["localize"]
     assert asked["grounder"] == {"name": "lite", "options": {"head": str(folder / "head"), "cross_fitted": True}}
     assert asked["segmenter"]["name"] == "boxfill"
+    for changes, message in (
+        ({"images": json.loads((data / "outlines.json").read_text())["images"][1:]}, "1 images of discs.csv are not"),
+        ({"categories": [{"id": 1, "name": "ring"}]}, "'disc' is no category of these outlines"),
+    ):
+        body = disc_outlines(data) | changes
+        body["annotations"] = [one for one in body["annotations"] if one["image_id"]]
+        (data / "outlines.json").write_text(json.dumps(body))
+        with pytest.raises(ConfigError, match=message):
+            read_corpus(study, "discs", data)
+    (data / "outlines.json").write_text(json.dumps(disc_outlines(data)))
     (told,) = rehearse_study(study, out=tmp_path / "out", images=data).values()
     assert "1 x fit-grounder of" in told.how["time"]
     assert "1 x localize, cross-fitted of" in told.how["time"]

@@ -21,7 +21,7 @@ import torch
 from pipelines.audit import audit
 from pipelines.audit_maps import Again
 from shared.artifact import Artifact, read_card, verify
-from shared.config import load
+from shared.config import digest, load
 from shared.corpus import open_corpus
 from shared.errors import (
     CorruptError,
@@ -42,11 +42,12 @@ from stage1_localize.fit_config import FitGrounderConfig
 from stage1_localize.fit_job import fit_grounder
 from stage1_localize.fit_tasks import read_fit
 from stage1_localize.grounders import GROUNDERS
-from stage1_localize.grounders.lite_card import RULES, WEIGHTS, open_head
+from stage1_localize.grounders.lite_card import FOLDS, HELD_OUT, RULES, WEIGHTS, open_folds, open_head
 from stage1_localize.grounders.lite_head import LiteHead
 from stage1_localize.job import localize
 from stage1_localize.parts import for_workers, parts_of_this_process, resolve
 from stage1_localize.segmenters.lite_medsam import Encoded, letterbox
+from tests.pipelines.test_audit import reseal
 from tests.pipelines.test_corruption import sweep
 from tests.stage1_localize.coco_files import write_corpus
 
@@ -198,19 +199,28 @@ def test_cross_fitted_each_image_is_answered_by_the_head_that_never_saw_it(
         asked.append(weights_of(self.state_dict()))
         return look(self, *given)
 
-    monkeypatch.setattr(
-        LiteHead, "look", lambda self, *a: asked.append(weights_of(self.state_dict())) or look(self, *a)
-    )
+    monkeypatch.setattr(LiteHead, "look", looked)
     part = {"name": "lite", "options": {"head": str(made.path), "cross_fitted": True}}
     config = load(LocalizeConfig, {"regions": {"it": "Quad"}, "grounder": part, "workers": 0, "micro_batch": 1})
     store = localize(config, images=tmp_path / "images", out=tmp_path / "store")
     assert len(asked) == 6
     assert all(name not in learnt[weights] for name, weights in zip(store.sample_ids, asked, strict=True))
-    assert store.card.identity.spec["grounder"]["identity"]["cross_fitted"] is True
+    identity = store.card.identity.spec["grounder"]["identity"]
+    assert identity["cross_fitted"] == digest(made.card.identity.outputs["folds"])
     again = Again(tmp_path / "images", "n", None, (f"grounder.options.head={made.path}",))
     assert audit(store.path, level="maps", again=again).exit_code == 0
+    alone = sorted(asked[:6])
+    asked.clear()
+    together = localize(
+        config.model_copy(update={"micro_batch": 4}), images=tmp_path / "images", out=tmp_path / "together"
+    )
+    assert sorted(asked) == alone
+    assert [together.maps([row]).tolist() for row in range(6)] == [store.maps([row]).tolist() for row in range(6)]
+    shutil.copy(tmp_path / "images" / "1.png", tmp_path / "images" / "0.png")
+    with pytest.raises(UsageError, match=r"0.* is no image that the head was fitted on, but another one of that name$"):
+        localize(config, images=tmp_path / "images", out=tmp_path / "other")
     (tmp_path / "images" / "0.png").rename(tmp_path / "images" / "new.png")
-    with pytest.raises(UsageError, match="the head was not fitted on new"):
+    with pytest.raises(UsageError, match=r"new.* is no image that the head was fitted on$"):
         localize(config, images=tmp_path / "images", out=tmp_path / "other")
 
 
@@ -257,6 +267,36 @@ def test_a_head_that_is_not_what_was_published_is_never_used(copied: Path, made:
     (copied / "artifact.json").unlink()
     with pytest.raises(IncompatibleError, match="not published"):
         open_head(str(copied))
+
+
+@pytest.mark.slow
+def test_heads_of_folds_are_what_the_id_says(copied: Path, made: Artifact) -> None:
+    """Forged together with the card, whose id stays."""
+    table = json.loads((copied / HELD_OUT).read_text())
+    first, second = (next(name for name, (fold, _) in table.items() if fold == number) for number in (0, 1))
+    forged = {**table, first: [1, table[first][1]], second: [0, table[second][1]]}
+    weights = (copied / FOLDS / "1" / WEIGHTS).read_bytes()
+    for file, data, message in (
+        (HELD_OUT, json.dumps(forged).encode(), "other folds than"),
+        (HELD_OUT, b"[]", "cannot be read"),
+        (f"{FOLDS}/0/{WEIGHTS}", weights, "other weights than"),
+    ):
+        kept = (copied / file).read_bytes()
+        (copied / file).write_bytes(data)
+        reseal(copied)
+        assert read_card(copied, "head").artifact_id == made.card.artifact_id
+        assert audit(copied).exit_code == 4
+        with pytest.raises(CorruptError, match=message):
+            open_folds(str(copied))
+        (copied / file).write_bytes(kept)
+    for folds in ({}, {"heads": {}, "held_out": ""}, "abc", {"heads": {"0": 3, "1": "x"}, "held_out": 1}):
+        reseal(copied, lambda body, told=folds: body["identity"]["outputs"].update(folds=told), own_id=True)
+        assert audit(copied).exit_code == 4
+        with pytest.raises((CorruptError, IncompatibleError)):
+            open_folds(str(copied))
+    reseal(copied, lambda body: body["identity"]["outputs"].pop("folds"), own_id=True)
+    with pytest.raises(IncompatibleError, match="keeps no heads of folds"):
+        open_folds(str(copied))
 
 
 @pytest.mark.slow
