@@ -18,13 +18,14 @@ import yaml
 
 from pipelines.audit import audit
 from pipelines.study import Children, RunFailedError, Step, _grown, _run_all, _stores, study_spec
+from pipelines.study_check import store_differences
 from pipelines.study_config import StudyConfig
 from pipelines.study_forecast import rehearse_study
 from pipelines.study_plan import plan, read_corpus
 from pipelines.study_report import study_page
 from pipelines.study_stats import Compared
 from pipelines.study_summary import Summary, Table, config_told, recompute, told_spec
-from shared.artifact import read_card
+from shared.artifact import Input, publish, read_card
 from shared.errors import ConfigError, CorruptError, IncompatibleError, InterruptedRun, SpecMismatchError
 from stage3_finetune.predictions import ClassPredictions
 from tests.pipelines import forging
@@ -317,6 +318,28 @@ def test_regions_of_heads_that_never_saw_an_image_are_made_by_two_commands(tmp_p
     (told,) = rehearse_study(study, out=tmp_path / "out", images=data).values()
     assert "1 x fit-grounder of" in told.how["time"]
     assert "1 x localize, cross-fitted of" in told.how["time"]
+
+
+def test_a_store_that_is_called_cross_fitted_is_looked_at(tmp_path: Path) -> None:
+    arms = {**RECIPE["arms"], "unseen": {"pretrain": {}, "store": "cross-fitted"}}
+    study = config(arms=arms, corpora={"discs": {**RECIPE["corpora"]["discs"], "outlines": "outlines.json"}})
+
+    def said(head: str | None, identity: dict[str, str], study: StudyConfig = study) -> list[str]:
+        folder = tmp_path / f"{len(list(tmp_path.iterdir()))}" / "discs"
+        for name in ("head", "cross-fitted"):
+            (folder / name).mkdir(parents=True)
+        made = publish(folder / "head", kind="head", inputs=[], spec={}, outputs={})
+        inputs = [] if head is None else [Input(role="head", kind="head", artifact_id=head or made.artifact_id)]
+        spec = {"grounder": {"identity": identity}}
+        publish(folder / "cross-fitted", kind="region-store", inputs=inputs, spec=spec, outputs={})
+        return [text for _, text in store_differences(study, folder.parent)]
+
+    answered, none = {"cross_fitted": "digest"}, "its images were not answered by heads that never saw them"
+    assert said("", answered) == []
+    assert said("", {}) == [none]
+    assert said("0" * 64, answered) == ["another head than the one beside it"]
+    assert said(None, {}) == [none, "another head than the one beside it"]
+    assert said(None, {}, config()) == []
 
 
 @pytest.mark.parametrize(

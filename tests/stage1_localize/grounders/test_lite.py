@@ -9,11 +9,12 @@ import torch
 
 from pipelines.lite_words import REFUSED, UNSEEN
 from pipelines.template import TemplateSlice, template_slices
-from shared.errors import CorruptError, PromptError
+from shared.config import validate
+from shared.errors import ConfigError, CorruptError, PromptError
 from stage1_localize.contracts import Batch, Region
-from stage1_localize.grounders import lite_card
+from stage1_localize.grounders import lite, lite_card
 from stage1_localize.grounders.lite import Lite, answer_parts
-from stage1_localize.grounders.lite_card import Concept, load_packaged
+from stage1_localize.grounders.lite_card import Concept, Folds, Head, load_packaged
 from stage1_localize.grounders.lite_head import Answer
 from stage1_localize.segmenters import lite_medsam
 from stage1_localize.segmenters.lite_medsam import Encoded, LiteMedSam
@@ -142,6 +143,24 @@ def test_routes_decide_whether_pixels_are_needed():
     grounder = Lite(Lite.Options())
     assert not grounder.needs_segmenter(regions("brain", "lungs"))
     assert grounder.needs_segmenter(regions("brain", "platelets"))
+
+
+def test_a_fold_s_own_route_decides_too(monkeypatch):
+    whole = load_packaged()
+    lungs = whole.card.concepts["lungs"]
+    assert lungs.route == "mask"
+    boxes = whole.card.concepts | {"lungs": lungs.model_copy(update={"route": "component"})}
+    of_fold = Head(whole.card.model_copy(update={"concepts": boxes}), whole.network)
+    monkeypatch.setattr(lite, "open_head", lambda reference: whole)
+    for heads, needed in (({0: whole}, False), ({0: whole, 1: of_fold}, True)):
+        monkeypatch.setattr(lite, "open_folds", lambda reference, heads=heads: Folds(heads, {}, "digest"))
+        grounder = Lite(Lite.Options(head="head", cross_fitted=True))
+        assert grounder.needs_segmenter(regions("lungs")) is needed
+
+
+def test_cross_fitting_needs_a_head():
+    with pytest.raises(ConfigError, match="cross_fitted: expected a 'head'"):
+        validate(Lite.Options, {"cross_fitted": True})
 
 
 def test_tampered_weights_are_refused(monkeypatch, tmp_path):
