@@ -51,7 +51,7 @@ def command(recipe: Path, data: Path, out: Path, *more: str) -> list[str]:
 
 
 @pytest.mark.slow
-def test_a_study_is_stopped_continued_published_and_audited(data: Path, tmp_path: Path) -> None:
+def test_a_study_is_stopped_continued_published_and_audited(data: Path, tmp_path: Path, mwm) -> None:
     out, environment = tmp_path / "out", {**os.environ, "OMP_NUM_THREADS": "1"}
     discs = {**RECIPE["corpora"]["discs"], "endpoints": {"full": {}}}
     corpora = {"discs": discs}
@@ -100,23 +100,20 @@ def test_a_study_is_stopped_continued_published_and_audited(data: Path, tmp_path
     report = (out / "study/report.html").read_text()
     assert "Not for diagnosis" in report
     assert "would not be told from none" in report
-    audited = subprocess.run(
-        [sys.executable, "-m", "pipelines", "audit", str(out), "--level", "masks"],
-        cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert audited.returncode == 0, audited.stdout
-    assert "study" in audited.stdout
+    code, audited, _ = mwm("audit", out, "--level", "masks")
+    assert code == 0, audited
+    assert "study" in audited
     assert_a_forged_study_drifts(out)
 
     other = recipe(tmp_path, corpora=corpora, finetune={**RECIPE["finetune"], "lr": 0.01})
-    refused = subprocess.run(command(other, data, out), cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert refused.returncode == 2
-    assert "scratch: not of this study: full: lr: '0.0003' there, '0.01' asked" in refused.stderr
+    code, _, refused = mwm("run", other, "--images", data, "--out", out)
+    assert code == 2
+    assert "scratch: not of this study: full: lr: '0.0003' there, '0.01' asked" in refused
     asked = {**RECIPE, "corpora": corpora}
     forging.assert_a_run_of_other_settings_is_found(out, asked)
     forging.assert_encoders_are_compared_with_each_other(out, asked)
     forging.assert_what_a_stage_decides_is_its_right(out, asked)
-    more = {**RECIPE["arms"], "region": {"pretrain": {"policy": {"name": "region", "overall": 400}}}}
+    more = {**RECIPE["arms"], "again": {}}  # from scratch: the cheapest
     wider = command(recipe(tmp_path, corpora=corpora, arms=more), data, out)
     subprocess.run(wider, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     assert read_card(out / "study", "study").identity.outputs["runs"] == 6
