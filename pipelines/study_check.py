@@ -88,7 +88,7 @@ def store_differences(config: StudyConfig, out: Path) -> Iterator[tuple[Path, st
             yield folder, "its images were not answered by heads that never saw them"
         fitted = [read_card(head, "head").artifact_id] if (head / CARD).is_file() else []
         if fitted != [item.artifact_id for item in identity.inputs if item.kind == "head"]:
-            yield folder, "another head than the one beside it"
+            yield folder, "its head is not the one beside it"
 
 
 def _asked(settings: PretrainConfig | FinetuneConfig) -> dict[str, Any]:

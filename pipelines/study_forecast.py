@@ -61,6 +61,8 @@ def _corpus(config: StudyConfig, corpus: Corpus, out: Path, images: Path) -> For
         if first is not None:
             store, count = _store(config, corpus, out, images, tried)
             run = Run(corpus.name, 0, 0, first)
+            if "localized" not in config.stores(corpus.name):
+                tried.clear()  # the maps that were tried stand in for others
             if "cross-fitted" in config.stores(corpus.name):
                 _cross_fit(config, corpus, out, images, tried)
             tried[ENCODER] = _pretrain(config, run, corpus, store, count and training, folder)

@@ -315,6 +315,12 @@ def test_regions_of_heads_that_never_saw_an_image_are_made_by_two_commands(tmp_p
     (told,) = rehearse_study(study, out=tmp_path / "out", images=data).values()
     assert "1 x fit-grounder of" in told.how["time"]
     assert "1 x localize, cross-fitted of" in told.how["time"]
+    assert "1 x localize of" in told.how["time"]
+    alone = {"scratch": {}, "unseen": arms["unseen"]}
+    study = config(arms=alone, claims=[], corpora=outlined)
+    (told,) = rehearse_study(study, out=tmp_path, images=data).values()
+    assert "1 x localize, cross-fitted of" in told.how["time"]
+    assert "1 x localize of" not in told.how["time"]
 
 
 def test_a_store_that_is_called_cross_fitted_is_looked_at(tmp_path: Path) -> None:
@@ -334,8 +340,8 @@ def test_a_store_that_is_called_cross_fitted_is_looked_at(tmp_path: Path) -> Non
     answered, none = {"cross_fitted": "digest"}, "its images were not answered by heads that never saw them"
     assert said("", answered) == []
     assert said("", {}) == [none]
-    assert said("0" * 64, answered) == ["another head than the one beside it"]
-    assert said(None, {}) == [none, "another head than the one beside it"]
+    assert said("0" * 64, answered) == ["its head is not the one beside it"]
+    assert said(None, {}) == [none, "its head is not the one beside it"]
     assert said(None, {}, config()) == []
 
 
