@@ -41,7 +41,7 @@ from stage1_localize.config import LocalizeConfig
 from stage1_localize.fit_config import FitGrounderConfig
 from stage1_localize.fit_job import fit_grounder
 from stage1_localize.fit_tasks import read_fit
-from stage1_localize.grounders import GROUNDERS
+from stage1_localize.grounders import GROUNDERS, lite
 from stage1_localize.grounders.lite_card import FOLDS, HELD_OUT, RULES, WEIGHTS, open_folds, open_head
 from stage1_localize.grounders.lite_head import LiteHead
 from stage1_localize.job import localize
@@ -59,6 +59,12 @@ def one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+def cells_of(image: np.ndarray) -> Encoded:
+    pixels, height_px, width_px = letterbox(image)
+    cells = pixels[:1].unflatten(1, (64, 4)).unflatten(3, (64, 4)).mean(dim=(2, 4))
+    return Encoded(cells.expand(256, -1, -1) * 0.1, height_px, width_px, *image.shape[1:])
 
 
 def weights_of(state: Mapping[str, torch.Tensor]) -> str:
@@ -97,10 +103,8 @@ def cheap(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[bytes]:
     asked: list[bytes] = []
 
     def encode_image(model: object, image: np.ndarray) -> Encoded:
-        pixels, height_px, width_px = letterbox(image)
         asked.append(image.tobytes())
-        cells = pixels[:1].unflatten(1, (64, 4)).unflatten(3, (64, 4)).mean(dim=(2, 4))
-        return Encoded(cells.expand(256, -1, -1) * 0.1, height_px, width_px, *image.shape[1:])
+        return cells_of(image)
 
     monkeypatch.setattr(pictures, "encode_image", encode_image)
     monkeypatch.setattr(pictures, "load_model", lambda: None)
@@ -200,8 +204,11 @@ def test_cross_fitted_each_image_is_answered_by_the_head_that_never_saw_it(
         return look(self, *given)
 
     monkeypatch.setattr(LiteHead, "look", looked)
+    monkeypatch.setattr(lite, "encode", lambda batch, model: [cells_of(image) for image in batch.images])
+    monkeypatch.setattr(lite, "load_model", lambda engine: None)
     part = {"name": "lite", "options": {"head": str(made.path), "cross_fitted": True}}
-    config = load(LocalizeConfig, {"regions": {"it": "Quad"}, "grounder": part, "workers": 0, "micro_batch": 1})
+    recipe = {"regions": {"it": "Quad"}, "grounder": part, "segmenter": "boxfill", "workers": 0, "micro_batch": 1}
+    config = load(LocalizeConfig, recipe)
     store = localize(config, images=tmp_path / "images", out=tmp_path / "store")
     assert len(asked) == 6
     assert all(name not in learnt[weights] for name, weights in zip(store.sample_ids, asked, strict=True))
@@ -221,7 +228,7 @@ def test_cross_fitted_each_image_is_answered_by_the_head_that_never_saw_it(
         localize(config, images=tmp_path / "images", out=tmp_path / "other")
     (tmp_path / "images" / "0.png").rename(tmp_path / "images" / "new.png")
     with pytest.raises(UsageError, match=r"new.* is no image that the head was fitted on$"):
-        localize(config, images=tmp_path / "images", out=tmp_path / "other")
+        localize(config, images=tmp_path / "images", out=tmp_path / "third")
 
 
 @pytest.mark.slow
