@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -59,15 +60,19 @@ def _corpus(config: StudyConfig, corpus: Corpus, out: Path, images: Path) -> For
         training = sum(row.split == "train" for row in rows)
         first = next((name for name, arm in arms.items() if arm.pretrain is not None), None)
         if first is not None:
+            _say(corpus, "localize")
             store, count = _store(config, corpus, out, images, tried)
             run = Run(corpus.name, 0, 0, first)
             if "localized" not in config.stores(corpus.name):
                 tried.clear()  # the maps that were tried stand in for others
             if "cross-fitted" in config.stores(corpus.name):
+                _say(corpus, "fit-grounder")
                 _cross_fit(config, corpus, out, images, tried)
+            _say(corpus, ENCODER)
             tried[ENCODER] = _pretrain(config, run, corpus, store, count and training, folder)
         for name in settings.endpoints:
             run = Run(corpus.name, 0, 0, first or next(iter(arms)))
+            _say(corpus, name)
             tried[name] = _finetune(config, run, name, corpus, folder)
     ahead = {name: 1 for name, item in tried.items() if name not in (ENCODER, *settings.endpoints) and item.seconds}
     seconds = sum(tried[name].seconds for name in ahead)  # each on all cores, before the runs
@@ -96,6 +101,11 @@ def _corpus(config: StudyConfig, corpus: Corpus, out: Path, images: Path) -> For
         },
         warnings=sorted({line for item in tried.values() for line in item.warnings}),
     )
+
+
+def _say(corpus: Corpus, tried: str) -> None:
+    """Trials of a large study take minutes each."""
+    print(f"{corpus.name}: trying {tried}", file=sys.stderr, flush=True)
 
 
 def _store(

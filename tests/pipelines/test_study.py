@@ -373,6 +373,9 @@ def test_the_dry_run_says_the_hours_and_what_can_be_shown(data: Path, tmp_path: 
     code, out, err = mwm("run", str(recipe(tmp_path)), "--images", str(data), "--out", str(tmp_path / "o"), "--dry-run")
     assert code == 0, err
     assert "folds: 2" in out
+    assert [line for line in err.splitlines() if "trying" in line] == [
+        f"discs: trying {name}" for name in ("localize", "encoder", "full", "probe")
+    ]
     assert "2 x encoder of" in err
     assert "4 x full of" in err
     assert "2 x probe of" in err
