@@ -62,14 +62,14 @@ def _forest(config: StudyConfig, found: Table, score: str) -> Section:
         if math.isfinite(smallest)
         else "With one seed no difference can be told from none."
     )
-    if config.corpora[found.corpus].supervised:
+    stores = {name: config.arms[name].store for name in found.arms if config.arms[name].pretrain is not None}
+    if config.corpora[found.corpus].supervised and "localized" in stores.values():
         note += " The grounder has been taught by labels of this set: its regions are supervised here."
-    note += "".join(
-        f" Regions of {name}: by heads fitted on outlines of this set, each image by one that never saw its group; "
-        "groups that a fold tests are among the others."
-        for name in found.arms
-        if config.arms[name].store == "cross-fitted"
-    )
+    if unseen := [name for name, store in stores.items() if store == "cross-fitted"]:
+        note += (
+            f" Regions of {', '.join(unseen)}: by heads fitted on outlines of this set, each image by one that never "
+            "saw its group; groups that a fold tests are among the others."
+        )
     return Section(f"{found.corpus}, {found.endpoint}: {score}", forest_chart(rows), note)
 
 

@@ -161,7 +161,7 @@ def forest_chart(rows: Sequence[Row]) -> str:
         for percent, told in ((0, f"{-widest:+g}"), (50, "0"), (100, f"{widest:+g}"))
     )
     body = f'<div class="arms">{"".join(parts)}<div class="axis">{axis}</div></div>'
-    return _plot(body, "Points; band: 95 % interval; dashed: no difference.", [])
+    return _plot(body, "Points; band: 95 % interval; dashed: no difference.", [], wide=True)
 
 
 def histogram(values: Sequence[float], *, x_label: str, bins: int = 20, style: int = 2, percent: bool = True) -> str:
@@ -242,14 +242,14 @@ def _open(width: float, height: float, told: str, kind: str = "") -> str:
     )
 
 
-def _plot(body: str, heading: str, names: Sequence[str], *, shapes: bool = False) -> str:
+def _plot(body: str, heading: str, names: Sequence[str], *, shapes: bool = False, wide: bool = False) -> str:
     items = ""
     for index, name in enumerate(names):
         style = f"s{index % _COLOURS + 1}"
         mark = ("round", "square")[index % 2] if shapes else "dash"
         items += f'<span><i class="key {mark} {style}"></i>{escape(name)}</span>'
     legend = f'<figcaption class="legend"><b>{escape(heading)}</b>{items}</figcaption>'
-    return f'<figure class="plot{" wide" if shapes else ""}">{legend}{body}</figure>'
+    return f'<figure class="plot{" wide" if shapes or wide else ""}">{legend}{body}</figure>'
 
 
 def _path(line: Points, at: Callable[[tuple[float, float]], tuple[float, float]]) -> str:

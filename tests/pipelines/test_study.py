@@ -155,7 +155,7 @@ def assert_a_forged_study_drifts(out: Path) -> None:
 def test_a_set_that_taught_the_grounder_is_told_and_which_arms_it_did_not_teach() -> None:
     outlined = {**RECIPE["corpora"]["discs"], "outlines": "outlines.json", "supervised": True}
     arms = {**RECIPE["arms"], "unseen": {"pretrain": {}, "store": "cross-fitted"}}
-    scores = {"accuracy": Compared(dict.fromkeys(("scratch", "uniform", "unseen"), (0.5, 0, 1)), (), 9, 9)}
+    scores = {"accuracy": Compared(dict.fromkeys(("scratch", "uniform", "unseen", "again"), (0.5, 0, 1)), (), 9, 9)}
 
     def page(**changes: object) -> str:
         study = config(**changes)
@@ -166,6 +166,10 @@ def test_a_set_that_taught_the_grounder_is_told_and_which_arms_it_did_not_teach(
     assert "supervised here. Regions of unseen: by heads fitted on outlines" in page(
         corpora={"discs": outlined}, arms=arms
     )
+    both = {**arms, "again": arms["unseen"], "uniform": {**arms["uniform"], "store": "cross-fitted"}}
+    told = page(corpora={"discs": outlined}, arms=both)
+    assert "Regions of uniform, unseen, again: by heads" in told
+    assert "supervised here" not in told
     taught = {"discs": {**outlined, "supervised": False}}
     assert "Regions of unseen: by heads fitted on outlines" in page(corpora=taught, arms=arms)
 
