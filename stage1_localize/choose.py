@@ -190,7 +190,7 @@ def choose(tries: Tries) -> int:
     return int(np.argmax(values))
 
 
-def without(fold: int, tries: Tries) -> Tries:
+def tries_without(fold: int, tries: Tries) -> Tries:
     """Tries of the other folds."""
     return [row for row in tries if row[0].fold != fold]
 
@@ -199,7 +199,7 @@ def honest_scores(tries: Tries, seed: int = 0) -> dict[str, Any]:
     """Scores with 95 % intervals by group, every fold answered by what `choose` takes without it."""
     tally = Tally()
     for fold in sorted({row[0].fold for row in tries}):
-        best = choose(without(fold, tries) or tries)
+        best = choose(tries_without(fold, tries) or tries)
         for one in (row[best] for row in tries if row[0].fold == fold):
             _count(tally, one)
     scores = summarise(tally, seed)

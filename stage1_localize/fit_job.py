@@ -21,7 +21,7 @@ from shared.lease import Lease
 from shared.runlog import RunLog, scrub
 from shared.signals import Signals
 from shared.workspace import begin, set_aside
-from stage1_localize.choose import choose, honest_scores, without
+from stage1_localize.choose import choose, honest_scores, tries_without
 from stage1_localize.fit_config import FitGrounderConfig
 from stage1_localize.fit_plan import Plan, open_images, plan
 from stage1_localize.fit_pool import run_tasks
@@ -140,7 +140,7 @@ class _Run:
         folds = {}
         held_out = {}
         for task in tasks[:-1]:
-            others = {name: without(task.fold, rows) for name, rows in tries.items()}
+            others = {name: tries_without(task.fold, rows) for name, rows in tries.items()}
             rules = {name: tried[name][choose(rows) if rows else 0] for name, rows in others.items()}
             folds[task.fold] = (self._card(rules, {}, task.train), heads[task.fold])
             for item in task.held_out:

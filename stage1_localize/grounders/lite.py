@@ -104,13 +104,16 @@ class Lite:
             CorruptError, IncompatibleError, InputMissingError, LockedError: As `open_head`.
         """
         self._engine: Engine = options.engine
-        head = head or (load_packaged() if options.head is None else open_head(options.head))
+        self._folds = open_folds(str(options.head)) if options.cross_fitted else None
+        if self._folds is not None:
+            head = self._folds.whole
+        elif head is None:
+            head = load_packaged() if options.head is None else open_head(options.head)
         self._whole, self._card, self._origin = head, head.card, head.origin
         self._vocabulary = Vocabulary(
             {name: concept.wordings for name, concept in self._card.concepts.items()}, self._card.foreign
         )
         self._vectors: dict[str, Tensor] = {}
-        self._folds = open_folds(str(options.head)) if options.cross_fitted else None
 
     def check(self, regions: Sequence[Region]) -> None:
         """Accept wordings that are known, or near a known one.
@@ -127,7 +130,7 @@ class Lite:
         return any(head.card.concepts[one.concept].route != "mask" for head in heads for one in asked)
 
     def identity(self) -> dict[str, Any]:
-        """Digests of head, text model and encoder; thresholds are in the card, which the digest covers."""
+        """Digests of head, text model, encoder, and folds where they answer; thresholds are in a card that these cover."""
         return {
             "head_sha256": self._card.weights_sha256,
             "card_sha256": self._card.rules_sha256,

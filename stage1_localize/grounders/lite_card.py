@@ -131,11 +131,13 @@ class Folds:
     """The heads of a cross-validation.
 
     Attributes:
+        whole: The head that learnt from every image.
         heads: Fold -> the head that learnt from none of its groups.
         held_out: Sample id -> the fold that it was held out in, and the digest of its pixels.
         digest: Of all that decides an answer.
     """
 
+    whole: Head
     heads: Mapping[int, Head]
     held_out: Mapping[str, tuple[int, str]]
     digest: str
@@ -186,7 +188,7 @@ def open_folds(reference: str) -> Folds:
         IncompatibleError: The artifact holds none.
         CorruptError, InputMissingError, LockedError: As `open_head`.
     """
-    origin = open_head(reference).origin  # its digests cover the folds
+    whole = open_head(reference)  # its digests cover the folds
     folder, card = open_artifact(reference, KIND)
     told = card.identity.outputs.get("folds")
     if not told:
@@ -197,8 +199,8 @@ def open_folds(reference: str) -> Folds:
     heads = {}
     for fold in told["heads"]:
         rules, state = _read(folder / FOLDS / fold)
-        heads[int(fold)] = Head(rules, build_head(state), origin)
-    return Folds(heads, _read_held_out(folder), digest(told))
+        heads[int(fold)] = Head(rules, build_head(state), whole.origin)
+    return Folds(whole, heads, _read_held_out(folder), digest(told))
 
 
 def head_faults(folder: Path, outputs: Mapping[str, Any]) -> Iterator[Finding]:

@@ -151,9 +151,8 @@ def test_a_fold_s_own_route_decides_too(monkeypatch):
     assert lungs.route == "mask"
     boxes = whole.card.concepts | {"lungs": lungs.model_copy(update={"route": "component"})}
     of_fold = Head(whole.card.model_copy(update={"concepts": boxes}), whole.network)
-    monkeypatch.setattr(lite, "open_head", lambda reference: whole)
     for heads, needed in (({0: whole}, False), ({0: whole, 1: of_fold}, True)):
-        monkeypatch.setattr(lite, "open_folds", lambda reference, heads=heads: Folds(heads, {}, "digest"))
+        monkeypatch.setattr(lite, "open_folds", lambda reference, heads=heads: Folds(whole, heads, {}, "digest"))
         grounder = Lite(Lite.Options(head="head", cross_fitted=True))
         assert grounder.needs_segmenter(regions("lungs")) is needed
 
