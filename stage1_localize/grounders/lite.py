@@ -130,7 +130,7 @@ class Lite:
         return any(head.card.concepts[one.concept].route != "mask" for head in heads for one in asked)
 
     def identity(self) -> dict[str, Any]:
-        """Digests of head, text model, encoder, and folds where they answer; thresholds are in a card that these cover."""
+        """Digests of head, text model, encoder, and folds where they answer; a card's thresholds are in its digest."""
         return {
             "head_sha256": self._card.weights_sha256,
             "card_sha256": self._card.rules_sha256,
